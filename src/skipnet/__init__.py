@@ -1,0 +1,1 @@
+"""Dynamic block skipping in residual networks."""

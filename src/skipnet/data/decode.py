@@ -1,0 +1,184 @@
+"""Encoded images (JPEG, PNG …) to uint8 pixels, and what happens to those that cannot be read."""
+
+import io
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from rich.console import Console
+from rich.progress import Progress
+
+from skipnet.errors import UserError
+
+Encoded = bytes | Path | None
+"""An encoded image, the file that holds it, or None where the data set has neither."""
+
+PROGRESS_AFTER_SECONDS = 2.0
+SHOWN_BAD_IMAGES = 5
+
+
+def to_pixels(image: Image.Image, channels: int | None, image_size: int | None) -> np.ndarray:
+    """Converts an opened image of any mode to 8-bit grey or RGB.
+
+    16-bit grey is scaled to 8 bits (not clipped), transparency is laid over white, and an
+    orientation stored in the file is applied.
+
+    Args:
+        image: The opened image.
+        channels: 1 for grey, 3 for RGB, None for what the image itself is.
+        image_size: Resize the shorter side to this many pixels and crop the centre; None keeps the
+            size.
+
+    Returns:
+        uint8 [C, H, W] with C 1 or 3.
+
+    Raises:
+        ValueError: The pixels are floats or beyond 16 bits: their range is unknown.
+    """
+    if "exif" in image.info:
+        image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
+        values = np.asarray(image)
+        if values.size and (values.min() < 0 or values.max() > 65535):
+            raise ValueError(f"pixels beyond 16 bits (mode {image.mode})")
+        image = Image.fromarray((values // 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels have no known range")
+    if image.has_transparency_data:
+        grey = image.mode in ("1", "L", "LA")
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image).convert("L" if grey else "RGB")
+    if channels is None:
+        channels = 1 if image.mode in ("1", "L") else 3
+    wanted = "L" if channels == 1 else "RGB"
+    if image.mode != wanted:
+        image = image.convert(wanted)
+    if image_size is not None and image.size != (image_size, image_size):
+        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
+    pixels = np.asarray(image)
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def decode_images(
+    encoded: Iterable[Encoded],
+    num_images: int,
+    *,
+    channels: int | None,
+    image_size: int | None,
+    on_bad_image: Literal["stop", "skip"],
+    where: Callable[[int], str],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decodes a whole split into one array.
+
+    One thread: on 32×32 JPEGs a pool is slower, as most of the time is spent under the GIL.
+
+    Args:
+        encoded: The images in order; read once.
+        num_images: How many there are.
+        channels: 1, 3, or None for what the first image has.
+        image_size: See `to_pixels`; None demands that all have the size of the first.
+        on_bad_image: "stop" raises at the first image that cannot be read, "skip" leaves such
+            images out with one warning.
+        where: Names the place of a row for messages ("row 17 of train.parquet").
+
+    Returns:
+        uint8 [M, C, H, W] of the images that could be read, and their rows, int64 [M].
+
+    Raises:
+        UserError: An image cannot be read (with "stop"), none can, or sizes or channels differ.
+    """
+    pixels: np.ndarray | None = None
+    kept = np.ones(num_images, dtype=bool)
+    with _pillow_warnings(), _progress(num_images) as advance:
+        for row, item in enumerate(encoded):
+            advance()
+            try:
+                decoded = _decode(item, channels, image_size)
+            except Exception as error:  # Pillow's plugins raise nearly every type on broken files
+                if on_bad_image == "stop":
+                    raise UserError(
+                        f"{where(row)}: the image cannot be read ({_reason(error)}); mend or "
+                        'remove it, or set on_bad_image to "skip"'
+                    ) from error
+                kept[row] = False
+                continue
+            if pixels is None:
+                pixels = np.empty((num_images, *decoded.shape), dtype=np.uint8)
+                channels_found = len(decoded)
+            if decoded.shape[1:] != pixels.shape[2:]:
+                (height, width), (old_height, old_width) = decoded.shape[1:], pixels.shape[2:]
+                raise UserError(
+                    f"{where(row)}: the image is {height}×{width}, those before it are "
+                    f"{old_height}×{old_width} pixels; set image_size to resize all to one size"
+                )
+            if len(decoded) > channels_found:
+                raise UserError(
+                    f"{where(row)}: the image is in colour, the first one is grey; set channels to "
+                    "1 or 3"
+                )
+            pixels[row] = decoded  # a grey image among RGB ones spreads over the three channels
+    if pixels is None:
+        raise UserError(f"none of the {num_images} images can be read; the first is {where(0)}")
+    rows = np.flatnonzero(kept)
+    if len(rows) < num_images:
+        bad = np.flatnonzero(~kept)
+        names = "; ".join(where(int(row)) for row in bad[:SHOWN_BAD_IMAGES])
+        more = "; …" if len(bad) > SHOWN_BAD_IMAGES else ""
+        warnings.warn(
+            f"left out {len(bad)} of {num_images} images that cannot be read: {names}{more}",
+            stacklevel=2,
+        )
+        pixels = pixels[rows]
+    return pixels, rows
+
+
+def _decode(item: Encoded, channels: int | None, image_size: int | None) -> np.ndarray:
+    """Opens and converts one image; raises whatever Pillow does."""
+    if item is None:
+        raise ValueError("the row holds no image")
+    with Image.open(io.BytesIO(item) if isinstance(item, bytes) else item) as image:
+        return to_pixels(image, channels, image_size)
+
+
+def _reason(error: Exception) -> str:
+    """The error in one line, without the memory address Pillow puts into it."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not in an image format that Pillow knows"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def _pillow_warnings() -> Iterator[None]:
+    """Makes a suspected decompression bomb a bad image, and Pillow's remarks on metadata silent."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar on stderr once the work has taken a while, if stderr is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    bar = Progress(console=Console(stderr=True), transient=True)
+    task = bar.add_task("decoding images", total=total)
+    shown_from = time.monotonic() + PROGRESS_AFTER_SECONDS
+
+    def advance() -> None:
+        bar.advance(task)
+        if not bar.live.is_started and time.monotonic() > shown_from:
+            bar.start()
+
+    try:
+        yield advance
+    finally:
+        bar.stop()

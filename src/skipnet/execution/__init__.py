@@ -1,0 +1,1 @@
+"""Who runs a block on which rows."""

@@ -1,0 +1,97 @@
+"""The registry: networks by name."""
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from skipnet.errors import UserError
+from skipnet.routing.gates import GATES, GateName
+from skipnet.routing.network import SkipNet
+
+Builder = Callable[[GateName | None, int, int], SkipNet]
+
+_BUILDERS: dict[str, Builder] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What `create` needs to build a network again: it is written into every model file.
+
+    Attributes:
+        name: Name in the registry.
+        gate: Kind of gate, or None for the dense network.
+        num_classes: Number of classes.
+        in_channels: Channels of the images.
+    """
+
+    name: str
+    gate: GateName | None = None
+    num_classes: int = 10
+    in_channels: int = 3
+
+    def build(self) -> SkipNet:
+        """Build the network with fresh weights.
+
+        Raises:
+            UserError: On an unknown name or gate, with the nearest known ones.
+        """
+        if self.name not in _BUILDERS:
+            raise UserError(unknown("model", self.name, _BUILDERS))
+        if self.gate is not None and self.gate not in GATES:
+            raise UserError(unknown("gate", self.gate, GATES))
+        if self.num_classes < 1 or self.in_channels < 1:
+            raise UserError(
+                f"num_classes and in_channels must be positive, not {self.num_classes} and "
+                f"{self.in_channels}"
+            )
+        return _BUILDERS[self.name](self.gate, self.num_classes, self.in_channels)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values."""
+        return asdict(self)
+
+
+def register(builder: Builder) -> Builder:
+    """Put a function `(gate, num_classes, in_channels) -> SkipNet` into the registry by its name."""
+    name = builder.__name__
+    assert name not in _BUILDERS, f"{name} is registered twice"
+    _BUILDERS[name] = builder
+    return builder
+
+
+def create(
+    name: str, *, gate: GateName | None = None, num_classes: int = 10, in_channels: int = 3
+) -> SkipNet:
+    """Build a network with fresh weights.
+
+    Args:
+        name: Name in the registry, see `list_models`.
+        gate: "rnn", "ff1", "ff2", or None for the dense network.
+        num_classes: Number of classes.
+        in_channels: Channels of the images.
+
+    Raises:
+        UserError: On an unknown name or gate, with the nearest known ones.
+    """
+    return Architecture(
+        name=name, gate=gate, num_classes=num_classes, in_channels=in_channels
+    ).build()
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Return the registered names that match a shell pattern, in order of registration."""
+    return [name for name in _BUILDERS if fnmatch.fnmatchcase(name, pattern)]
+
+
+def describe(name: str) -> str:
+    """Return the first line of a registered model's documentation."""
+    return (_BUILDERS[name].__doc__ or "").split("\n")[0]
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """Return the message for a name that is not known, with the nearest ones that are."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
+    return f"unknown {kind} {name!r}: did you mean {', '.join(near)}?"

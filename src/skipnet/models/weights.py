@@ -1,0 +1,171 @@
+"""Model files: weights and metadata in one safetensors file, without pickle."""
+
+import contextlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from skipnet.errors import UserError
+from skipnet.models.registry import Architecture
+from skipnet.routing.network import SkipNet
+
+FORMAT_VERSION = 1
+_KEY = "skipnet"
+
+
+@dataclass(kw_only=True)
+class ModelInfo:
+    """What a model file says about its weights.
+
+    Attributes:
+        architecture: How to build the network.
+        classes: Names of the classes.
+        mean: Mean of each channel, for pixels in 0 to 1.
+        std: Standard deviation of each channel, for pixels in 0 to 1.
+        image_size: (height, width) of the images trained on.
+        results: Accuracy and computation as measured when the file was written.
+    """
+
+    architecture: Architecture
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: tuple[int, int]
+    results: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "architecture": self.architecture.to_dict(),
+            "classes": list(self.classes),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "image_size": list(self.image_size),
+            "results": self.results,
+        }
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> "ModelInfo":
+        """Read back what `to_dict` returned."""
+        height, width = values["image_size"]
+        return ModelInfo(
+            architecture=Architecture(**values["architecture"]),
+            classes=tuple(values["classes"]),
+            mean=tuple(values["mean"]),
+            std=tuple(values["std"]),
+            image_size=(height, width),
+            results=values["results"],
+        )
+
+
+def save(model: SkipNet, path: str | os.PathLike[str], info: ModelInfo) -> None:
+    """Write a model file atomically: an earlier file at `path` survives any failure.
+
+    Raises:
+        UserError: When the file cannot be written (no space, no permission).
+    """
+    write_tensors(Path(path), model.state_dict(), info.to_dict())
+
+
+def load(path: str | os.PathLike[str]) -> tuple[SkipNet, ModelInfo]:
+    """Read a model file: the network in evaluation mode, and what the file says about it.
+
+    Raises:
+        UserError: When there is no such file, it is truncated or not a safetensors file, was not
+            written by `save`, or its weights do not fit its architecture.
+    """
+    path = Path(path)
+    tensors, values = read_tensors(path)
+    version = values.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format version {version}; this skipnet reads {FORMAT_VERSION}")
+    try:
+        info = ModelInfo.from_dict(values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: its metadata is not a model's ({error!r})") from None
+    model = info.architecture.build()
+    load_weights(model, tensors, path)
+    return model.eval(), info
+
+
+def load_weights(model: SkipNet, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copy weights into a network.
+
+    Raises:
+        UserError: When names or shapes differ, with the first of them.
+    """
+    own = model.state_dict()
+    wrong = [f"{name} is missing" for name in own if name not in tensors]
+    wrong += [f"{name} is left over" for name in tensors if name not in own]
+    wrong += [
+        f"{name} is {list(tensors[name].shape)} instead of {list(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{path} is of another architecture: {'; '.join(wrong[:3])}{more}")
+    model.load_state_dict(tensors)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write tensors and JSON metadata to a safetensors file atomically.
+
+    The file is complete on the disk before it takes the place of an earlier one.
+
+    Raises:
+        UserError: When the file cannot be written.
+    """
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = safetensors.torch.save(contiguous, {_KEY: json.dumps(metadata)})
+    write_atomically(path, data)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Put `data` at `path` whole or not at all.
+
+    Raises:
+        UserError: When the file cannot be written; an earlier one is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        kept = "; the previous file is untouched" if path.exists() else ""
+        raise UserError(f"cannot write {path}: {error.strerror or error}{kept}") from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write_tensors` wrote.
+
+    Raises:
+        UserError: When there is no such file, or it is not one of ours, or truncated.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no model file {path}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is truncated or not a safetensors file ({error}): copy or train it again"
+        ) from None
+    try:
+        values = json.loads(metadata[_KEY])
+    except (KeyError, ValueError):
+        raise UserError(f"{path} was not written by skipnet: it lacks the metadata") from None
+    return tensors, values

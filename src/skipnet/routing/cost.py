@@ -1,0 +1,104 @@
+"""Cost: exact multiply-adds (MACs) of a network's parts, from shapes.
+
+Convolutions, linear layers and LSTM cells are counted, one multiply-add as one; additions,
+normalisation, activations and pooling are not, as in the papers. Others publish 2 x MACs as FLOPs.
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Cost(NamedTuple):
+    """Multiply-adds of one image, by part.
+
+    Attributes:
+        stem: The layers before the first block.
+        blocks: Each block without its shortcut.
+        shortcuts: Each shortcut: 0 for an identity, else its projection, which always runs.
+        gates: Each gate; one fewer than blocks, or none.
+        head: The layers after the last block.
+    """
+
+    stem: int
+    blocks: tuple[int, ...]
+    shortcuts: tuple[int, ...]
+    gates: tuple[int, ...]
+    head: int
+
+    @property
+    def always(self) -> int:
+        """What every image pays in a routed network: all but the gated blocks."""
+        return (
+            self.stem + self.blocks[0] + sum(self.shortcuts) + sum(self.gates) + self.head
+            if self.gates
+            else self.dense
+        )
+
+    @property
+    def dense(self) -> int:
+        """The network without gates, every block run."""
+        return self.stem + sum(self.blocks) + sum(self.shortcuts) + self.head
+
+    @property
+    def dense_without_projections(self) -> int:
+        """The paper's figure: convolutions, neither shortcut projections nor the classifier."""
+        return self.stem + sum(self.blocks)
+
+    def executed(self, decisions: Tensor) -> Tensor:
+        """Return the multiply-adds of each row, int64 [batch], for decisions [batch, gates]."""
+        gated = torch.tensor(self.blocks[1:] if self.gates else (), dtype=torch.int64)
+        ran = (decisions > 0).to(torch.int64)
+        return (ran * gated.to(decisions.device)).sum(dim=1) + self.always
+
+
+def count_macs(module: nn.Module, *inputs: Any) -> tuple[int, Any]:
+    """Run `module` on shapes alone and count its multiply-adds.
+
+    Args:
+        module: Any module of convolutions, linear layers, LSTM cells and layers that cost nothing.
+        *inputs: Its arguments; tensors on the meta device, at least two rows (a batch norm in
+            training has no statistics of one value).
+
+    Returns:
+        The multiply-adds of one row, and the module's output (meta tensors).
+    """
+    total = 0
+
+    def count(layer: nn.Module, args: object, output: object) -> None:
+        nonlocal total
+        total += _layer_macs(layer, output)
+
+    handles = [layer.register_forward_hook(count) for layer in _counted(module)]
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    try:
+        with torch.no_grad():
+            # Nothing is computed and no buffer of the module changes: all tensors are stand-ins.
+            output = torch.func.functional_call(module, meta, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return total, output
+
+
+def _counted(module: nn.Module) -> Iterable[nn.Module]:
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear | nn.LSTMCell):
+            yield layer
+        elif not any(layer.children()) and next(layer.parameters(), None) is not None:
+            assert isinstance(layer, nn.BatchNorm2d | nn.GroupNorm | nn.LayerNorm), (
+                f"no rule for the multiply-adds of {type(layer).__name__}"
+            )
+
+
+def _layer_macs(layer: nn.Module, output: object) -> int:
+    if isinstance(layer, nn.LSTMCell):
+        return 4 * layer.hidden_size * (layer.input_size + layer.hidden_size)
+    assert isinstance(output, Tensor)
+    if isinstance(layer, nn.Conv2d):
+        return output[0].numel() * layer.weight[0].numel()
+    assert isinstance(layer, nn.Linear)
+    return output[0].numel() * layer.in_features

@@ -1,0 +1,175 @@
+"""Gates: features in, the logit of executing the next block out.
+
+A gate module serves a whole network: gate `i` reads the output of block `i` and decides about block
+`i + 1` (SkipNet, section 3.1). All kinds follow one protocol, `Gate`; `p(execute) = sigmoid(logit)`
+for each of them.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+GateName = Literal["rnn", "ff1", "ff2"]
+
+# What a gate carries from one block to the next: nothing, or an LSTM's (hidden, cell).
+State = tuple[Tensor, Tensor] | None
+
+INITIAL_KEEP = 0.9
+
+
+class Gate(nn.Module):
+    """The protocol of every gate.
+
+    Attributes:
+        channels: Number of channels each gate reads, one entry a gate.
+    """
+
+    channels: tuple[int, ...]
+
+    def forward(self, index: int, features: Tensor, state: State) -> tuple[Tensor, State]:
+        """Decide how strongly block `index + 1` wants to run.
+
+        Args:
+            index: Which gate, 0 to `len(channels) - 1`.
+            features: Output of block `index`, [batch, channels[index], height, width].
+            state: What the previous gate returned; None for the first.
+
+        Returns:
+            The logit of executing the next block, [batch], and the state for the next gate.
+        """
+        raise NotImplementedError
+
+    def scale_logits_(self, factor: float) -> None:
+        """Multiply every logit by `factor`, in place, by scaling the last layer.
+
+        No hard decision changes; probabilities move away from (factor > 1) or towards one half.
+        """
+        raise NotImplementedError
+
+
+class RNNGate(Gate):
+    """Recurrent gate (SkipNet, section 3.1): pooling, a linear a block, one LSTM shared by all.
+
+    Global average pool, a per-block linear to `hidden` features, one step of a single-layer LSTM of
+    `hidden` units, a shared linear to one logit. Costs about 0.04 % of a block.
+
+    Args:
+        channels: Number of channels each gate reads.
+        hidden: Width of the embedding and of the LSTM; 10 in the paper.
+        initial_keep: Probability of execution at initialisation when all else is zero. The bias of
+            the last layer is set to its logit, so blocks start open.
+    """
+
+    def __init__(
+        self, channels: Sequence[int], *, hidden: int = 10, initial_keep: float = INITIAL_KEEP
+    ) -> None:
+        super().__init__()
+        self.channels = tuple(channels)
+        self.embed = nn.ModuleList(nn.Linear(width, hidden) for width in self.channels)
+        self.lstm = nn.LSTMCell(hidden, hidden)
+        self.project = nn.Linear(hidden, 1)
+        nn.init.constant_(self.project.bias, _logit(initial_keep))
+
+    def forward(self, index: int, features: Tensor, state: State) -> tuple[Tensor, State]:
+        pooled = features.mean(dim=(2, 3))
+        state = self.lstm(self.embed[index](pooled), state)
+        assert state is not None
+        return self.project(state[0]).squeeze(1), state
+
+    def scale_logits_(self, factor: float) -> None:
+        with torch.no_grad():
+            self.project.weight.mul_(factor)
+            self.project.bias.mul_(factor)
+
+
+class _FFGateUnit(nn.Module):
+    """Convolutions, global average pool and a linear to (skip, execute) for one block."""
+
+    def __init__(self, channels: int, strides: Sequence[int], pool: bool) -> None:
+        super().__init__()
+        self.pool = pool
+        layers: list[nn.Module] = []
+        for stride in strides:
+            conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=1, bias=False)
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            layers += [conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+        self.layers = nn.Sequential(*layers)
+        self.linear = nn.Linear(channels, 2)
+
+    def forward(self, features: Tensor) -> Tensor:
+        # Halves, rounding down; a map one pixel high or wide has nothing left to halve.
+        if self.pool and min(features.shape[2:]) >= 2:
+            features = functional.max_pool2d(features, 2)
+        skip, execute = self.linear(self.layers(features).mean(dim=(2, 3))).unbind(dim=1)
+        # softmax((skip, execute))[execute] == sigmoid(execute - skip)
+        return execute - skip
+
+
+class _FFGate(Gate):
+    """One convolutional gate a block; nothing shared, no state."""
+
+    _strides: tuple[int, ...]
+    _pool: bool
+
+    def __init__(self, channels: Sequence[int], *, initial_keep: float = INITIAL_KEEP) -> None:
+        super().__init__()
+        self.channels = tuple(channels)
+        self.units = nn.ModuleList(
+            _FFGateUnit(width, self._strides, self._pool) for width in self.channels
+        )
+        half = _logit(initial_keep) / 2
+        for unit in self.units:
+            with torch.no_grad():
+                unit.linear.bias.copy_(torch.tensor([-half, half]))
+
+    def forward(self, index: int, features: Tensor, state: State) -> tuple[Tensor, State]:
+        return self.units[index](features), None
+
+    def scale_logits_(self, factor: float) -> None:
+        with torch.no_grad():
+            for unit in self.units:
+                unit.linear.weight.mul_(factor)
+                unit.linear.bias.mul_(factor)
+
+
+class FFGateI(_FFGate):
+    """Feed-forward gate I (SkipNet, section 3.1), for networks of fewer than 100 layers.
+
+    Max-pool 2x2, conv 3x3 stride 1, BN, ReLU, conv 3x3 stride 2, BN, ReLU, global average pool,
+    linear to 2, softmax. About 15.6 % of a basic block of the same width.
+
+    Args:
+        channels: Number of channels each gate reads.
+        initial_keep: Probability of execution that the bias of the linear stands for.
+    """
+
+    _strides = (1, 2)
+    _pool = True
+
+
+class FFGateII(_FFGate):
+    """Feed-forward gate II (SkipNet, section 3.1), for networks of more than 100 layers.
+
+    Conv 3x3 stride 2, BN, ReLU, global average pool, linear to 2, softmax. 12.5 % of a basic block
+    of the same width.
+
+    Args:
+        channels: Number of channels each gate reads.
+        initial_keep: Probability of execution that the bias of the linear stands for.
+    """
+
+    _strides = (2,)
+    _pool = False
+
+
+GATES: dict[str, type[Gate]] = {"rnn": RNNGate, "ff1": FFGateI, "ff2": FFGateII}
+
+
+def _logit(probability: float) -> float:
+    if not 0 < probability < 1:
+        raise ValueError(f"initial_keep must lie between 0 and 1, not {probability}")
+    return math.log(probability / (1 - probability))

@@ -1,0 +1,143 @@
+"""SkipNet: a residual network in which gates decide, image by image, which blocks run."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from skipnet.errors import UserError
+from skipnet.execution.compacted import compacted
+from skipnet.execution.masked import masked
+from skipnet.routing.cost import Cost, count_macs
+from skipnet.routing.decisions import Decision, named_decision
+from skipnet.routing.gates import Gate, State
+from skipnet.routing.trace import Routing
+
+Executor = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+ExecutorName = Literal["masked", "compacted"]
+
+EXECUTORS: dict[str, Executor] = {"masked": masked, "compacted": compacted}
+
+
+class SkipNet(nn.Module):
+    """A residual network taken apart, with a gate that decides about every block but the first.
+
+    `x[i+1] = g_i * Block_i(x[i]) + (1 - g_i) * Shortcut_i(x[i])` (SkipNet, equation 1). The gate
+    that decides about block i reads the output of block i - 1, so K blocks have K - 1 gates.
+
+    Args:
+        stem: Images to features.
+        blocks: Whole residual blocks, activation included, each `(x, Shortcut_i(x)) -> output`: the
+            shortcut runs once, whether the block adds it or it replaces the block.
+        shortcuts: One a block: identity, or the projection where shapes change.
+        head: Features to class logits.
+        gate: Decides about blocks 1 to K - 1; None gives the dense network.
+    """
+
+    def __init__(
+        self,
+        stem: nn.Module,
+        blocks: Sequence[nn.Module],
+        shortcuts: Sequence[nn.Module],
+        head: nn.Module,
+        gate: Gate | None = None,
+    ) -> None:
+        super().__init__()
+        if len(blocks) < 2:
+            raise UserError(f"a routed network needs at least 2 residual blocks, not {len(blocks)}")
+        if len(blocks) != len(shortcuts):
+            raise UserError(f"{len(blocks)} blocks but {len(shortcuts)} shortcuts: one a block")
+        if gate is not None and len(gate.channels) != len(blocks) - 1:
+            raise UserError(
+                f"{len(blocks)} blocks need {len(blocks) - 1} gates, not {len(gate.channels)}: "
+                "the first block always runs"
+            )
+        self.stem = stem
+        self.blocks = nn.ModuleList(blocks)
+        self.shortcuts = nn.ModuleList(shortcuts)
+        self.head = head
+        self.gate = gate
+        self._costs: dict[tuple[int, ...], Cost] = {}
+
+    @property
+    def num_gates(self) -> int:
+        """Number of blocks that can be skipped; 0 for a dense network."""
+        return 0 if self.gate is None else len(self.gate.channels)
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        decide: str | Decision = "threshold",
+        execute: ExecutorName = "masked",
+    ) -> tuple[Tensor, Routing]:
+        """Classify a batch, skipping blocks as the gates decide.
+
+        Args:
+            images: [batch, channels, height, width].
+            decide: How a gate's logit becomes g: "threshold", "straight-through", "sample", "soft",
+                or a `Decision`.
+            execute: "masked" runs every block on every row; "compacted" only on the rows with
+                g = 1, and needs decisions that are 0 or 1 and carry no gradient.
+
+        Returns:
+            Class logits, [batch, classes], and what was decided.
+
+        Raises:
+            UserError: On an unknown name, or a decision that the executor cannot honour.
+        """
+        decision = named_decision(decide) if isinstance(decide, str) else decide
+        if execute not in EXECUTORS:
+            raise UserError(f"unknown executor {execute!r}: use one of {', '.join(EXECUTORS)}")
+        binary = decision.binary(self.training)
+        if execute == "compacted" and self.gate is not None and not binary:
+            raise UserError(
+                f"compacted execution leaves rows out, which {type(decision).__name__} decisions "
+                "in training do not allow (g is soft or carries a gradient): use execute='masked'"
+            )
+        run = EXECUTORS[execute]
+        state: State = None
+        logits: list[Tensor] = []
+        decisions: list[Tensor] = []
+
+        features = self.stem(images)
+        for index, (block, shortcut) in enumerate(zip(self.blocks, self.shortcuts, strict=True)):
+            bypass = shortcut(features)
+            if self.gate is None or index == 0:
+                features = block(features, bypass)
+                continue
+            logit, state = self.gate(index - 1, features, state)
+            g = decision(logit, index - 1, self.training)
+            features = run(block, features, bypass, g > 0 if binary else g)
+            logits.append(logit)
+            decisions.append(g)
+        none = images.new_zeros(len(images), 0)
+        return self.head(features), Routing(
+            logits=torch.stack(logits, dim=1) if logits else none,
+            decisions=torch.stack(decisions, dim=1) if decisions else none,
+            cost=self.cost(*images.shape[1:]),
+        )
+
+    def cost(self, channels: int, height: int, width: int) -> Cost:
+        """Return the multiply-adds of every part for one image of this size."""
+        size = (channels, height, width)
+        if size not in self._costs:
+            self._costs[size] = self._count(torch.empty(2, *size, device="meta"))
+        return self._costs[size]
+
+    def _count(self, images: Tensor) -> Cost:
+        stem, features = count_macs(self.stem, images)
+        blocks, shortcuts, gates = [], [], []
+        state: object = None
+        for index, (block, shortcut) in enumerate(zip(self.blocks, self.shortcuts, strict=True)):
+            if self.gate is not None and index > 0:
+                macs, output = count_macs(self.gate, index - 1, features, state)
+                _, state = output
+                gates.append(macs)
+            macs, bypass = count_macs(shortcut, features)
+            shortcuts.append(macs)
+            macs, features = count_macs(block, features, bypass)
+            blocks.append(macs)
+        head, _ = count_macs(self.head, features)
+        return Cost(stem, tuple(blocks), tuple(shortcuts), tuple(gates), head)

@@ -1,0 +1,21 @@
+"""Seeds by purpose and step: random numbers that a resumed run draws again."""
+
+import numpy as np
+
+ORDER, AUGMENTATION, DECISIONS, WEIGHTS, RANK, EVALUATION = range(6)
+"""Tags of `sub_seed`: what the random numbers are for."""
+
+
+def sub_seed(seed: int, tag: int, index: int) -> int:
+    """Derive an independent seed from a run's seed.
+
+    Args:
+        seed: The run's seed, 0 or more.
+        tag: What the numbers are for, one of this module's tags.
+        index: The epoch, step, stage or rank they are for.
+
+    Returns:
+        The first 64-bit word of `numpy.random.SeedSequence((seed, tag, index))`: neighbouring
+        inputs give unrelated seeds, and the value is the same on every platform.
+    """
+    return int(np.random.SeedSequence((seed, tag, index)).generate_state(1, np.uint64)[0])

@@ -1,0 +1,1 @@
+"""Objectives: what a training step minimises. The loop knows none of them."""

@@ -1,0 +1,1 @@
+"""The loop: devices, precision, checkpoints, logging. It knows no algorithm."""

@@ -1,0 +1,264 @@
+"""Configuration of a training run: keyword-only dataclasses, validated, which become the flags."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from skipnet.data.sources import DataConfig
+from skipnet.errors import UserError
+from skipnet.routing.gates import GateName
+from skipnet.tasks.hybrid import BaselineName, CostName
+
+StageName = Literal["dense", "sp", "hrl"]
+Precision = Literal["32-true", "bf16-mixed"]
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """What turns gradients into steps."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """sgd (with momentum) or adamw."""
+    lr: float = 0.1
+    """Learning rate, the highest of the schedule."""
+    gate_lr: float | None = None
+    """Learning rate of the gates, if another."""
+    momentum: float = 0.9
+    """Momentum of sgd, first beta of adamw."""
+    nesterov: bool = False
+    """Nesterov momentum (sgd)."""
+    weight_decay: float = 1e-4
+    """Weight decay, of every parameter."""
+    clip_norm: float | None = None
+    """Largest norm of the gradient; a longer one is scaled down."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "lr")
+        if self.gate_lr is not None:
+            _positive(self, "gate_lr")
+        if self.clip_norm is not None:
+            _positive(self, "clip_norm")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"momentum must lie in [0, 1), not {self.momentum}")
+        if self.weight_decay < 0:
+            raise UserError(f"weight_decay must be at least 0, not {self.weight_decay}")
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig:
+    """How the learning rate moves; a pure function of the step, see `learning_rate_factor`."""
+
+    name: Literal["constant", "step", "cosine", "one-cycle"] = "step"
+    """constant; step (times gamma at each milestone); cosine to 0; one-cycle (linear up, then down
+    to 0)."""
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    """Where step changes, as shares of the stage."""
+    gamma: float = 0.1
+    """What step multiplies by."""
+    peak: float = 0.3
+    """Where one-cycle is highest, as a share of the stage."""
+    warmup_iterations: int = 0
+    """Iterations at the beginning that run at a fixed lower rate …"""
+    warmup_factor: float = 0.1
+    """… which is this share of the learning rate."""
+
+    def __post_init__(self) -> None:
+        if not all(0 < milestone < 1 for milestone in self.milestones):
+            raise UserError(f"milestones are shares between 0 and 1, not {self.milestones}")
+        if not 0 < self.peak < 1:
+            raise UserError(f"peak is a share between 0 and 1, not {self.peak}")
+        if self.warmup_iterations < 0:
+            raise UserError(f"warmup_iterations must be at least 0, not {self.warmup_iterations}")
+
+
+@dataclass(kw_only=True)
+class StageConfig:
+    """One stage of training: how long, how fast."""
+
+    epochs: float | None = None
+    """Length in passes over the training set; give this or iterations."""
+    iterations: int | None = None
+    """Length in optimizer steps; give this or epochs."""
+    batch_size: int = 128
+    """Images a step, over all devices and accumulated micro-batches together."""
+    accumulate: int = 1
+    """Micro-batches a step, for batches that do not fit into memory."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    label_smoothing: float = 0.0
+    """Share of the target spread over all classes."""
+    ema_decay: float | None = None
+    """Decay of a moving average of the weights, which is then evaluated and saved in their place."""
+
+    def __post_init__(self) -> None:
+        if (self.epochs is None) == (self.iterations is None):
+            raise UserError("a stage is given in epochs or in iterations: one of the two")
+        for name in ("epochs", "iterations"):
+            if getattr(self, name) is not None:
+                _positive(self, name)
+        for name in ("batch_size", "accumulate"):
+            _positive(self, name)
+        if self.batch_size % self.accumulate:
+            raise UserError(
+                f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}"
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"label_smoothing must lie in [0, 1), not {self.label_smoothing}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise UserError(f"ema_decay must lie between 0 and 1, not {self.ema_decay}")
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Return the number of optimizer steps of the stage, at least 1."""
+        if self.iterations is not None:
+            return self.iterations
+        assert self.epochs is not None
+        return max(1, round(self.epochs * steps_per_epoch))
+
+
+@dataclass(kw_only=True)
+class HybridConfig(StageConfig):
+    """The HRL stage; defaults are the paper's equations. See `tasks.hybrid.Hybrid`."""
+
+    alpha: float = 0.1
+    """Weight of skipping (the paper's alpha); its starting value if target_compute is given."""
+    target_compute: float | None = None
+    """Share of dense multiply-adds to aim at: alpha is then driven to meet it."""
+    target_ramp: float = 0.5
+    """Share of the stage over which the target falls from the start's computation."""
+    alpha_rate: float = 0.05
+    """Integral gain of the drive: alpha a step and unit of error."""
+    alpha_damping: float = 10.0
+    """Proportional gain of the drive: alpha a unit of error."""
+    beta: float | None = 1.0
+    """Weight of the prediction loss in the reward (1 on CIFAR and SVHN); none is alpha / N."""
+    policy_weight: float = 1.0
+    """Factor on the REINFORCE term: 1 in the equations, 0.01 in the released code."""
+    baseline: BaselineName = "batch-mean"
+    """What reduces the estimator's variance; none is the paper's."""
+    samples: int = 1
+    """Decision vectors sampled an image; leave-one-out needs at least 2."""
+    entropy_bonus: float = 0.0
+    """Weight of the decisions' entropy (nats)."""
+    costs: CostName = "uniform"
+    """C_i: uniform (the paper's 1), or macs (each block's multiply-adds over their mean)."""
+    sharpen: float = 1.0
+    """Factor on the gates' logits when the stage starts: above 1, samples differ less from the
+    thresholded decisions that supervised pre-training optimised."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha < 0:
+            raise UserError(f"alpha must be at least 0, not {self.alpha}")
+        if self.target_compute is not None and not 0 < self.target_compute <= 1:
+            raise UserError(f"target_compute must lie in (0, 1], not {self.target_compute}")
+        if not 0 <= self.target_ramp <= 1:
+            raise UserError(f"target_ramp must lie in [0, 1], not {self.target_ramp}")
+        for name in ("samples", "sharpen"):
+            _positive(self, name)
+        if self.baseline == "leave-one-out" and self.samples < 2:
+            raise UserError("baseline leave-one-out needs samples of at least 2")
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Which network; the classes and the channels come from the data."""
+
+    name: str = "cifar_resnet38"
+    """Name in the registry; see skipnet list models."""
+    gate: GateName = "rnn"
+    """Kind of gate of the sp and hrl stages."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """A whole training run: data, network, and up to three stages in order."""
+
+    recipe: str
+    """Name of the recipe, which names the run."""
+    stages: tuple[StageName, ...] = ("dense", "sp", "hrl")
+    """Which stages to run, in order: the dense network, supervised pre-training, hybrid RL."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    dense: StageConfig
+    sp: StageConfig
+    hrl: HybridConfig
+    seed: int = 0
+    """Of the weights, the order, the augmentation and the sampled decisions."""
+    precision: Precision = "32-true"
+    """32-true or bf16-mixed."""
+    channels_last: bool = True
+    """Memory layout of images and weights: faster on CPUs and on GPUs with tensor cores."""
+    accelerator: str = "auto"
+    """auto, cpu or cuda."""
+    log_every: int = 50
+    """Steps between two lines of metrics.jsonl."""
+    evaluate_every: float | None = 1.0
+    """Epochs between two evaluations on the test set; none evaluates at a stage's end only."""
+    checkpoint_seconds: float = 60.0
+    """Seconds between two checkpoints."""
+    tensorboard: bool = True
+    """Write TensorBoard events too, if it is installed."""
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise UserError("no stages to run: give at least one of dense, sp, hrl")
+        if list(self.stages) != [name for name in ("dense", "sp", "hrl") if name in self.stages]:
+            raise UserError(
+                f"stages run in the order dense, sp, hrl, each once, not {' '.join(self.stages)}"
+            )
+        _positive(self, "log_every")
+        if self.evaluate_every is not None:
+            _positive(self, "evaluate_every")
+        if self.checkpoint_seconds < 0:
+            raise UserError(f"checkpoint_seconds must be at least 0, not {self.checkpoint_seconds}")
+        if self.seed < 0:
+            raise UserError(f"seed must be at least 0, not {self.seed}")
+
+    def stage(self, name: StageName) -> StageConfig:
+        """Return the configuration of a stage by its name."""
+        return {"dense": self.dense, "sp": self.sp, "hrl": self.hrl}[name]
+
+
+Config = TypeVar("Config")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a configuration as plain values, as JSON holds them."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
+    """Build a configuration from what `to_dict` returned, read back from JSON.
+
+    Raises:
+        UserError: On fields that this version does not know, or lacks.
+    """
+    hints = get_type_hints(cls)
+    if not isinstance(values, dict) or set(values) - set(hints):
+        raise UserError(f"not a {cls.__name__} of this version of skipnet: {values}")
+    arguments = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]):
+            value = from_dict(hints[name], value)
+        arguments[name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise UserError(f"not a {cls.__name__} of this version of skipnet: {error}") from None
+
+
+def differences(one: Any, other: Any, prefix: str = "") -> list[str]:
+    """Return the dotted names of the fields in which two configurations differ."""
+    names = []
+    for entry in dataclasses.fields(one):
+        name, a, b = prefix + entry.name, getattr(one, entry.name), getattr(other, entry.name)
+        if dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b):
+            names += differences(a, b, name + ".")
+        elif a != b:
+            names.append(name)
+    return names
+
+
+def _positive(config: Any, name: str) -> None:
+    if not getattr(config, name) > 0:
+        raise UserError(f"{name} must be above 0, not {getattr(config, name)}")

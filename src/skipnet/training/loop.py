@@ -1,0 +1,276 @@
+"""The loop: optimizer steps on a task, whatever it is, that survive being stopped at any moment."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from skipnet.analysis.evaluate import Evaluation
+from skipnet.data.loaders import TrainLoader
+from skipnet.errors import UserError
+from skipnet.routing.network import SkipNet
+from skipnet.tasks.task import Task
+from skipnet.training.config import OptimizerConfig, StageConfig, StageName, TrainConfig
+from skipnet.training.progress import Progress
+from skipnet.training.run import RunDirectory
+from skipnet.training.schedule import learning_rate_factor
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has left a checkpoint to go on from."""
+
+
+class StopRequest:
+    """Notes Ctrl-C and SIGTERM, so that the step in progress can end and be saved.
+
+    A second Ctrl-C stops at once.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        # Signals can be handled in the main thread only; elsewhere the caller stops us its own way.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def fit(
+    fabric: Fabric,
+    network: SkipNet,
+    task: Task,
+    loader: TrainLoader,
+    *,
+    name: StageName,
+    stage: StageConfig,
+    config: TrainConfig,
+    run: RunDirectory,
+    evaluate: Callable[[SkipNet], Evaluation],
+    progress: Progress,
+    stop: StopRequest,
+) -> tuple[SkipNet, float]:
+    """Train a network for one stage, from its checkpoint if there is one.
+
+    Args:
+        fabric: Launched; knows devices and precision.
+        network: Trained in place.
+        task: The objective.
+        loader: Batches by step.
+        name: Name of the stage.
+        stage: Its configuration.
+        config: The run's.
+        run: Where checkpoints and metrics go.
+        evaluate: Evaluates a network on the test set.
+        progress: Shows the live line.
+        stop: Whether to stop early.
+
+    Returns:
+        The network to use (the moving average of the weights if there is one, else `network`), and
+        the seconds the stage has taken, earlier attempts included.
+
+    Raises:
+        Interrupted: When asked to stop; a checkpoint is written.
+        UserError: When the loss is no longer finite; the last checkpoint was written before.
+    """
+    if config.channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = build_optimizer(network, stage.optimizer)
+    average = None
+    if stage.ema_decay is not None:
+        average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(stage.ema_decay))
+        average.to(fabric.device)
+    model, fabric_optimizer = fabric.setup(network, optimizer)
+
+    first, before = 0, 0.0
+    began = time.monotonic()
+    saved = run.load_checkpoint(name)
+    if saved is not None:
+        tensors, state = saved
+        network.load_state_dict(_under("model.", tensors))
+        if average is not None:
+            average.load_state_dict(_under("average.", tensors))
+        optimizer.load_state_dict(_optimizer_state(optimizer, _under("optimizer.", tensors)))
+        task.load_state_dict(state["task"])
+        first, before = state["step"], state["seconds"]
+    if fabric.is_global_zero:
+        # A run that was killed may have logged steps beyond its checkpoint.
+        run.forget_after(name, first)
+
+    def checkpoint(step: int) -> None:
+        if not fabric.is_global_zero:
+            return
+        tensors = {f"model.{key}": value for key, value in network.state_dict().items()}
+        if average is not None:
+            tensors |= {f"average.{key}": value for key, value in average.state_dict().items()}
+        for index, entry in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": value for key, value in entry.items()}
+        seconds = before + time.monotonic() - began
+        state = {"stage": name, "step": step, "seconds": seconds, "task": task.state_dict()}
+        run.save_checkpoint({k: v for k, v in tensors.items() if v is not None}, state)
+
+    total = stage.total_steps(loader.steps_per_epoch)
+    evaluation_steps = _evaluation_steps(config.evaluate_every, loader.steps_per_epoch, total)
+    sums: dict[str, Tensor] = {}
+    counted = 0
+    last_saved = last_logged = time.monotonic()
+    network.train()
+    progress.start(name, first, total)
+    for step in range(first, total):
+        factor = learning_rate_factor(stage.schedule, step, total)
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        images, labels = loader.batch(step)
+        if config.channels_last:
+            images = images.to(memory_format=torch.channels_last)
+        for part in range(stage.accumulate):
+            rows = slice(
+                part * len(labels) // stage.accumulate, (part + 1) * len(labels) // stage.accumulate
+            )
+            with fabric.no_backward_sync(model, enabled=part < stage.accumulate - 1):
+                metrics = task(model, images[rows], labels[rows], step * stage.accumulate + part)
+                fabric.backward(metrics["loss"] / stage.accumulate)
+            for key, value in metrics.items():
+                sums[key] = sums.get(key, torch.zeros(())) + value.detach() / stage.accumulate
+        if stage.optimizer.clip_norm is not None:
+            norm = fabric.clip_gradients(
+                model, fabric_optimizer, max_norm=stage.optimizer.clip_norm, error_if_nonfinite=False
+            )
+            sums["gradient_norm"] = sums.get("gradient_norm", torch.zeros(())) + norm
+        fabric_optimizer.step()
+        fabric_optimizer.zero_grad(set_to_none=True)
+        if average is not None:
+            average.update_parameters(network)
+        done = step + 1
+        counted += 1
+
+        now = time.monotonic()
+        stopping = _any_rank(fabric, stop.requested)
+        logging = done % config.log_every == 0 or done == total
+        saving = now - last_saved >= config.checkpoint_seconds
+        evaluating = done in evaluation_steps
+        if logging or saving or evaluating or stopping or progress.due():
+            means = {key: value.item() / counted for key, value in sums.items()}
+            progress.update(done, means)
+        if logging or saving or evaluating or stopping:
+            means = _mean_over_ranks(fabric, means)
+            _demand_finite(means["loss"], network, run, name, done)
+        if logging:
+            line = {"stage": name, "step": done, "epoch": done / loader.steps_per_epoch, **means}
+            line["lr"] = stage.optimizer.lr * factor
+            line["images_per_s"] = counted * stage.batch_size / (now - last_logged)
+            if fabric.is_global_zero:
+                run.log(line)
+            sums, counted, last_logged = {}, 0, now
+        if evaluating:
+            result = evaluate(_trained(network, average))
+            if fabric.is_global_zero:
+                run.log({"stage": name, "step": done, "evaluation": result.to_dict()})
+            progress.evaluated(done, total, result)
+            last_logged += time.monotonic() - now
+        if (saving or stopping) and done < total:
+            checkpoint(done)
+            last_saved = time.monotonic()
+        if stopping:
+            progress.stop()
+            raise Interrupted(f"stopped in stage {name} at step {done} of {total}")
+    progress.stop()
+    return _trained(network, average), before + time.monotonic() - began
+
+
+def build_optimizer(network: SkipNet, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Build the optimizer, with the gates as a group of their own."""
+    gates = [] if network.gate is None else list(network.gate.parameters())
+    ids = {id(parameter) for parameter in gates}
+    groups = [{"params": [p for p in network.parameters() if id(p) not in ids]}]
+    if gates:
+        groups.append({"params": gates})
+    for group, rate in zip(groups, (config.lr, config.gate_lr or config.lr), strict=False):
+        group |= {"lr": rate, "base_lr": rate}
+    if config.name == "adamw":
+        betas = (config.momentum, 0.999)
+        return torch.optim.AdamW(groups, betas=betas, weight_decay=config.weight_decay)
+    return torch.optim.SGD(
+        groups,
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+    )
+
+
+def _optimizer_state(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> dict[str, Any]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _trained(network: SkipNet, average: AveragedModel | None) -> SkipNet:
+    return network if average is None else average.module
+
+
+def _evaluation_steps(every: float | None, steps_per_epoch: int, total: int) -> set[int]:
+    """The steps after which to evaluate; the end is left to whoever called the loop."""
+    if every is None:
+        return set()
+    interval = max(1, round(every * steps_per_epoch))
+    return set(range(interval, total, interval))
+
+
+def _mean_over_ranks(fabric: Fabric, means: dict[str, float]) -> dict[str, float]:
+    if fabric.world_size == 1:
+        return means
+    values = torch.tensor(list(means.values()), device=fabric.device, dtype=torch.float64)
+    reduced = fabric.all_reduce(values, reduce_op="mean")
+    assert isinstance(reduced, Tensor)
+    return dict(zip(means, reduced.tolist(), strict=True))
+
+
+def _any_rank(fabric: Fabric, flag: bool) -> bool:
+    """Whether the flag is set on any rank: all must leave the loop at the same step."""
+    if fabric.world_size == 1:
+        return flag
+    reduced = fabric.all_reduce(torch.tensor(float(flag), device=fabric.device), reduce_op="sum")
+    assert isinstance(reduced, Tensor)
+    return bool(reduced.item())
+
+
+def _demand_finite(
+    loss: float, network: SkipNet, run: RunDirectory, name: StageName, step: int
+) -> None:
+    """Stop before a network that has diverged can take the place of a good checkpoint."""
+    if math.isfinite(loss) and all(p.isfinite().all() for p in network.parameters()):
+        return
+    saved = run.checkpoint_step(name)
+    kept = "no checkpoint was written yet" if saved is None else f"step {saved} is kept in {run.path}"
+    raise UserError(
+        f"stage {name} diverged by step {step}: the loss or a weight is not finite ({kept}); "
+        f"start again with a lower --{name}.optimizer.lr or with --{name}.optimizer.clip-norm 1"
+    )

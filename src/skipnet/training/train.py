@@ -1,0 +1,259 @@
+"""A whole run: data, then each stage in order, then one table."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy
+from rich.console import Console
+from rich.table import Table
+
+from skipnet.analysis.evaluate import Evaluation, evaluate, throughput
+from skipnet.data.loaders import TrainLoader
+from skipnet.data.sources import ImageSet, load, normalization
+from skipnet.errors import UserError
+from skipnet.models.registry import Architecture
+from skipnet.models.weights import ModelInfo, read_tensors, save
+from skipnet.models.weights import load as load_model
+from skipnet.models.weights import load_weights
+from skipnet.routing.decisions import Decision, Sample
+from skipnet.routing.network import SkipNet
+from skipnet.seeding import EVALUATION, RANK, WEIGHTS, sub_seed
+from skipnet.tasks.hybrid import Budget, Hybrid
+from skipnet.tasks.supervised import Supervised
+from skipnet.tasks.task import Task
+from skipnet.training.config import HybridConfig, StageConfig, StageName, TrainConfig
+from skipnet.training.loop import StopRequest, fit
+from skipnet.training.progress import Progress
+from skipnet.training.run import RunDirectory
+
+
+def train(
+    config: TrainConfig,
+    *,
+    output: Path | None = None,
+    resume: Path | None = None,
+    console: Console | None = None,
+) -> RunDirectory:
+    """Run the stages of a configuration in order and leave one run directory.
+
+    Args:
+        config: What to do; see `skipnet.recipes`.
+        output: The run directory to make; `runs/<recipe>-<time>` if not given.
+        resume: A run directory to continue, which must have been started with `config`.
+        console: Where to print; stdout if not given.
+
+    Returns:
+        The run directory, with `results` of every stage.
+
+    Raises:
+        UserError: On a mistake in the configuration or the data, a diverged loss, or a full disk.
+        Interrupted: When stopped by Ctrl-C or SIGTERM; `resume` continues.
+    """
+    if resume is not None and output is not None:
+        raise UserError("give --resume (an existing run) or --output (a new one), not both")
+    fabric = _fabric(config)
+    console = console or Console(highlight=False)
+    progress = Progress(console, enabled=fabric.is_global_zero)
+
+    training_set, test_set = load(config.data)
+    mean, std = normalization(config.data, training_set)
+    run = _run_directory(fabric, config, output, resume)
+    info = ModelInfo(
+        architecture=Architecture(
+            name=config.model.name,
+            gate=config.model.gate,
+            num_classes=len(training_set.classes),
+            in_channels=training_set.images.shape[1],
+        ),
+        classes=training_set.classes,
+        mean=mean,
+        std=std,
+        image_size=(training_set.images.shape[2], training_set.images.shape[3]),
+    )
+    training_set, test_set = training_set.to(fabric.device), test_set.to(fabric.device)
+    with StopRequest() as stop:
+        for name in config.stages:
+            if run.finished(name):
+                continue
+            _run_stage(fabric, config, name, info, training_set, test_set, run, progress, stop)
+    if fabric.is_global_zero:
+        _measure_throughput(config, run, test_set, fabric.device)
+        console.print(results_table(run.results, config))
+    fabric.barrier()
+    return run
+
+
+def results_table(results: dict[str, Any], config: TrainConfig) -> Table:
+    """Return the table a run ends with: a row a finished stage."""
+    table = Table(title=f"{config.recipe}: {config.model.name}, gate {config.model.gate}")
+    for title in ("", "accuracy", "MACs", "of dense", "blocks run", "images/s"):
+        table.add_column(title, justify="left" if not title else "right")
+    titles = {"dense": "dense", "sp": "SP", "hrl": "HRL"}
+    for name in config.stages:
+        result = results[name]["evaluation"]
+        table.add_row(
+            titles[name],
+            f"{result['accuracy']:.2f} %",
+            f"{result['macs'] / 1e6:.2f}M",
+            f"{100 * result['macs_fraction']:.1f} %",
+            f"{100 * result['blocks_fraction']:.1f} %",
+            f"{results[name]['images_per_s']:,.0f}",
+        )
+    return table
+
+
+def _run_stage(
+    fabric: Fabric,
+    config: TrainConfig,
+    name: StageName,
+    info: ModelInfo,
+    training_set: ImageSet,
+    test_set: ImageSet,
+    run: RunDirectory,
+    progress: Progress,
+    stop: StopRequest,
+) -> None:
+    stage = config.stage(name)
+    loader = TrainLoader(
+        training_set,
+        batch_size=stage.batch_size,
+        seed=sub_seed(config.seed, WEIGHTS, _STAGE_SEEDS[name]) >> 1,
+        padding=config.data.padding,
+        flip=config.data.flip,
+        mean=info.mean,
+        std=info.std,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+    )
+    if name == "dense":
+        info = replace(info, architecture=replace(info.architecture, gate=None))
+    torch.manual_seed(sub_seed(config.seed, WEIGHTS, _STAGE_SEEDS[name]))
+    network = info.architecture.build()
+    if name == "hrl" and run.finished("sp"):
+        path = run.model_path("sp")
+        load_weights(network, read_tensors(path)[0], path)
+    if isinstance(stage, HybridConfig) and stage.sharpen != 1:
+        assert network.gate is not None
+        network.gate.scale_logits_(stage.sharpen)
+
+    def measure(model: SkipNet, decide: str | Decision = "threshold") -> Evaluation:
+        return evaluate(
+            model,
+            test_set,
+            mean=info.mean,
+            std=info.std,
+            decide=decide,
+            channels_last=config.channels_last,
+        )
+
+    trained, seconds = fit(
+        fabric,
+        network,
+        _task(config, stage, stage.total_steps(loader.steps_per_epoch), fabric.global_rank),
+        loader,
+        name=name,
+        stage=stage,
+        config=config,
+        run=run,
+        evaluate=measure,
+        progress=progress,
+        stop=stop,
+    )
+    result = measure(trained)
+    progress.finished(name, result, seconds)
+    results: dict[str, Any] = {"evaluation": result.to_dict(), "seconds": seconds}
+    if trained.num_gates:
+        generator = torch.Generator(fabric.device)
+        generator.manual_seed(sub_seed(config.seed, EVALUATION, 0))
+        results["sampled"] = measure(trained, Sample(generator)).to_dict()
+    if fabric.is_global_zero:
+        save(trained, run.model_path(name), replace(info, results=results["evaluation"]))
+        run.finish_stage(name, results)
+    else:
+        run.results[name] = results
+    fabric.barrier()
+
+
+def _task(config: TrainConfig, stage: StageConfig, total: int, rank: int) -> Task:
+    """The objective of a stage."""
+    if not isinstance(stage, HybridConfig):
+        return Supervised(label_smoothing=stage.label_smoothing)
+    budget = None
+    if stage.target_compute is not None:
+        budget = Budget(
+            target=stage.target_compute,
+            ramp_steps=round(stage.target_ramp * total * stage.accumulate),
+            rate=stage.alpha_rate,
+            damping=stage.alpha_damping,
+            integral=stage.alpha,
+        )
+    return Hybrid(
+        alpha=stage.alpha,
+        beta=stage.beta,
+        policy_weight=stage.policy_weight,
+        baseline=stage.baseline,
+        samples=stage.samples,
+        entropy_bonus=stage.entropy_bonus,
+        costs=stage.costs,
+        label_smoothing=stage.label_smoothing,
+        budget=budget,
+        seed=sub_seed(config.seed, RANK, rank),
+    )
+
+
+def _run_directory(
+    fabric: Fabric, config: TrainConfig, output: Path | None, resume: Path | None
+) -> RunDirectory:
+    if resume is not None:
+        run, _ = RunDirectory.open(resume)
+        run.demand_same(config)
+        return run
+    path = RunDirectory.create(config, output).path if fabric.is_global_zero else None
+    return RunDirectory(fabric.broadcast(path))
+
+
+def _measure_throughput(
+    config: TrainConfig, run: RunDirectory, test_set: ImageSet, device: torch.device
+) -> None:
+    """Time the networks of all stages in turns and add images/s to their results."""
+    models, info = {}, None
+    for name in config.stages:
+        model, info = load_model(run.model_path(name))
+        if config.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        models[name] = model.to(device)
+    assert info is not None
+    rates = throughput(
+        models, test_set, mean=info.mean, std=info.std, channels_last=config.channels_last
+    )
+    for name, rate in rates.items():
+        run.results[name]["images_per_s"] = rate
+    run.write_results()
+
+
+def _fabric(config: TrainConfig) -> Fabric:
+    """One process on one device, or what torchrun started."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        fabric = Fabric(
+            accelerator=config.accelerator, devices=1, precision=config.precision
+        )
+    else:
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        fabric = Fabric(
+            accelerator=config.accelerator,
+            devices=local,
+            num_nodes=int(os.environ["WORLD_SIZE"]) // local,
+            # A block that no row of a batch runs has no gradient on that process.
+            strategy=DDPStrategy(find_unused_parameters=True),
+            precision=config.precision,
+        )
+    fabric.launch()
+    return fabric
+
+
+# Every stage draws its own weights and order; HRL is often run again from the same SP.
+_STAGE_SEEDS: dict[StageName, int] = {"dense": 0, "sp": 1, "hrl": 2}
