@@ -93,6 +93,7 @@ def cifar10_resnet38_rnn_short() -> TrainConfig:
         schedule=ScheduleConfig(name="cosine"),
         target_compute=0.62,
         policy_weight=0.1,
+        sharpen_to=2.0,
     )
     config.evaluate_every = 1
     return config

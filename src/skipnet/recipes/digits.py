@@ -28,6 +28,7 @@ def digits() -> TrainConfig:
             schedule=ScheduleConfig(name="cosine"),
             target_compute=0.6,
             policy_weight=0.1,
+            sharpen_to=2.0,
         ),
         evaluate_every=10,
         log_every=20,

@@ -92,7 +92,7 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.iterations is None):
-            raise UserError("a stage is given in epochs or in iterations: one of the two")
+            raise UserError("give a stage's length in epochs or in iterations, and set the other to None")
         for name in ("epochs", "iterations"):
             if getattr(self, name) is not None:
                 _positive(self, name)
@@ -141,9 +141,10 @@ class HybridConfig(StageConfig):
     """Weight of the decisions' entropy (nats)."""
     costs: CostName = "uniform"
     """C_i: uniform (the paper's 1), or macs (each block's multiply-adds over their mean)."""
-    sharpen: float = 1.0
-    """Factor on the gates' logits when the stage starts: above 1, samples differ less from the
-    thresholded decisions that supervised pre-training optimised."""
+    sharpen_to: float | None = None
+    """Scale the gates' logits to this mean magnitude when the stage starts, if it is lower. Straight-
+    through training leaves logits near 0: without this, samples differ much from the thresholded
+    decisions it optimised, and accuracy starts far down."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -153,8 +154,9 @@ class HybridConfig(StageConfig):
             raise UserError(f"target_compute must lie in (0, 1], not {self.target_compute}")
         if not 0 <= self.target_ramp <= 1:
             raise UserError(f"target_ramp must lie in [0, 1], not {self.target_ramp}")
-        for name in ("samples", "sharpen"):
-            _positive(self, name)
+        _positive(self, "samples")
+        if self.sharpen_to is not None:
+            _positive(self, "sharpen_to")
         if self.baseline == "leave-one-out" and self.samples < 2:
             raise UserError("baseline leave-one-out needs samples of at least 2")
 

@@ -10,6 +10,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from skipnet.analysis.evaluate import Evaluation, evaluate, throughput
 from skipnet.data.loaders import TrainLoader
@@ -136,9 +137,8 @@ def _run_stage(
     if name == "hrl" and run.finished("sp"):
         path = run.model_path("sp")
         load_weights(network, read_tensors(path)[0], path)
-    if isinstance(stage, HybridConfig) and stage.sharpen != 1:
-        assert network.gate is not None
-        network.gate.scale_logits_(stage.sharpen)
+    if isinstance(stage, HybridConfig) and stage.sharpen_to is not None:
+        _sharpen(network.to(fabric.device), loader.batch(0)[0], stage.sharpen_to)
 
     def measure(model: SkipNet, decide: str | Decision = "threshold") -> Evaluation:
         return evaluate(
@@ -176,6 +176,17 @@ def _run_stage(
     else:
         run.results[name] = results
     fabric.barrier()
+
+
+def _sharpen(network: SkipNet, images: Tensor, magnitude: float) -> None:
+    """Scale the logits of all gates by one factor, up to a mean magnitude on some images."""
+    assert network.gate is not None
+    network.eval()
+    with torch.no_grad():
+        _, routing = network(images, execute="compacted")
+    mean = routing.logits.abs().mean().item()
+    if 0 < mean < magnitude:
+        network.gate.scale_logits_(magnitude / mean)
 
 
 def _task(config: TrainConfig, stage: StageConfig, total: int, rank: int) -> Task:
