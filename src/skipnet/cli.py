@@ -49,10 +49,7 @@ def train(
         output: The run directory to make; runs/RECIPE-TIME if not given.
         resume: A run directory to continue to the same numbers as if it had not stopped.
     """
-    run = train_run(config, output=output, resume=resume)
-    print(f"Run directory: {run.path}")
-    print(f"Next: skipnet evaluate {run.path}   or   skipnet info {run.path}")
-    return run
+    return train_run(config, output=output, resume=resume)
 
 
 def evaluate(
@@ -90,20 +87,20 @@ def evaluate(
     """
     path, config = _locate(model, stage)
     network, info = load(path)
-    source = DataConfig(name=data) if data is not None else config and config.data
-    if source is None:
+    if data is not None:
+        source = DataConfig(name=data)
+    elif config is not None:
+        source = config.data
+    else:
         raise UserError(f"{path} does not say what it was trained on: name a test set with --data")
-    given = {
-        "test_split": test_split,
-        "image_column": image_column,
-        "label_column": label_column,
-        "on_bad_image": on_bad_image,
-    }
     source = replace(
         source,
-        channels=info.architecture.in_channels,
+        channels=1 if info.architecture.in_channels == 1 else 3,
         image_size=_image_size(source, info),
-        **{name: value for name, value in given.items() if value is not None},
+        test_split=test_split or source.test_split,
+        image_column=image_column or source.image_column,
+        label_column=label_column or source.label_column,
+        on_bad_image=on_bad_image or source.on_bad_image,
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = load_split(source, "test", info.classes).to(device)
@@ -228,7 +225,7 @@ def _dispatch(words: list[str]) -> None:
 
 
 def _dispatch_train(words: list[str]) -> None:
-    """`train RECIPE [flags]`, or `train --resume RUN` alone, which reads the run's configuration."""
+    """`train RECIPE [flags]`, or `train --resume RUN`, which reads the run's configuration."""
     if not words or words[0] in ("-h", "--help"):
         print(_train_usage())
         return
@@ -308,9 +305,7 @@ def _locate(path: Path, stage: StageName | None) -> tuple[Path, TrainConfig | No
         model = RunDirectory(path).model_path(stage)
         if not model.exists():
             what = f"no finished stage {stage}" if stage else "no finished stage yet"
-            raise UserError(
-                f"{path} has {what}: continue it with skipnet train --resume {path}"
-            )
+            raise UserError(f"{path} has {what}: continue it with skipnet train --resume {path}")
         return model, config
     if stage is not None:
         raise UserError(f"--stage chooses within a run directory, and {path} is none")
@@ -354,7 +349,7 @@ def _print_info(
         rate = f"{100 * keep[index - 1]:.1f} %" if gated and keep else ""
         row(f"block {index}", macs, gate, rate)
         if cost.shortcuts[index]:
-            row(f"  its projection (always runs)", cost.shortcuts[index])
+            row("  its projection (always runs)", cost.shortcuts[index])
     row("head", cost.head)
     console.print(table)
     console.print(

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skipnet.data.loaders import TrainLoader, eval_batches, sub_seed
+from skipnet.data.loaders import TrainLoader, eval_batches
 from skipnet.data.sources import ImageSet
 from skipnet.errors import UserError
+from skipnet.seeding import sub_seed
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 

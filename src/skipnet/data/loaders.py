@@ -2,31 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from skipnet.data.augment import flip, normalize, pad_crop, random_flips, random_offsets
 from skipnet.data.sources import ImageSet
 from skipnet.errors import UserError
-
-ORDER, AUGMENTATION = 0, 1
-"""Tags of `sub_seed`: what the random numbers are for."""
-
-
-def sub_seed(seed: int, tag: int, index: int) -> int:
-    """Derives an independent seed from a run's seed.
-
-    Args:
-        seed: The run's seed, 0 or more.
-        tag: What the numbers are for (`ORDER`, `AUGMENTATION`).
-        index: The epoch or step they are for.
-
-    Returns:
-        The first 64-bit word of `numpy.random.SeedSequence((seed, tag, index))`: neighbouring
-        inputs give unrelated seeds, and the value is the same on every platform.
-    """
-    return int(np.random.SeedSequence((seed, tag, index)).generate_state(1, np.uint64)[0])
+from skipnet.seeding import AUGMENTATION, ORDER, sub_seed
 
 
 class TrainLoader:

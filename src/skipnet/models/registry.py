@@ -54,7 +54,7 @@ class Architecture:
 
 
 def register(builder: Builder) -> Builder:
-    """Put a function `(gate, num_classes, in_channels) -> SkipNet` into the registry by its name."""
+    """Put a function `(gate, num_classes, in_channels) -> SkipNet` into the registry."""
     name = builder.__name__
     assert name not in _BUILDERS, f"{name} is registered twice"
     _BUILDERS[name] = builder

@@ -118,13 +118,12 @@ class _FFGate(Gate):
     def __init__(self, channels: Sequence[int], *, initial_keep: float = INITIAL_KEEP) -> None:
         super().__init__()
         self.channels = tuple(channels)
-        self.units = nn.ModuleList(
-            _FFGateUnit(width, self._strides, self._pool) for width in self.channels
-        )
         half = _logit(initial_keep) / 2
-        for unit in self.units:
+        units = [_FFGateUnit(width, self._strides, self._pool) for width in self.channels]
+        for unit in units:
             with torch.no_grad():
                 unit.linear.bias.copy_(torch.tensor([-half, half]))
+        self.units = nn.ModuleList(units)
 
     def forward(self, index: int, features: Tensor, state: State) -> tuple[Tensor, State]:
         return self.units[index](features), None
@@ -132,6 +131,7 @@ class _FFGate(Gate):
     def scale_logits_(self, factor: float) -> None:
         with torch.no_grad():
             for unit in self.units:
+                assert isinstance(unit, _FFGateUnit)
                 unit.linear.weight.mul_(factor)
                 unit.linear.bias.mul_(factor)
 

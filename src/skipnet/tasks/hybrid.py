@@ -16,10 +16,10 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn import functional
 
-from skipnet.seeding import DECISIONS, sub_seed
 from skipnet.errors import UserError
 from skipnet.routing.cost import Cost
 from skipnet.routing.decisions import Sample
+from skipnet.seeding import DECISIONS, sub_seed
 from skipnet.tasks.task import Metrics
 
 BaselineName = Literal["none", "batch-mean", "greedy", "leave-one-out"]

@@ -88,11 +88,13 @@ class StageConfig:
     label_smoothing: float = 0.0
     """Share of the target spread over all classes."""
     ema_decay: float | None = None
-    """Decay of a moving average of the weights, which is then evaluated and saved in their place."""
+    """Decay of a moving average of the weights, which is evaluated and saved in their place."""
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.iterations is None):
-            raise UserError("give a stage's length in epochs or in iterations, and set the other to None")
+            raise UserError(
+                "give a stage's length in epochs or in iterations, and set the other to None"
+            )
         for name in ("epochs", "iterations"):
             if getattr(self, name) is not None:
                 _positive(self, name)
@@ -142,9 +144,9 @@ class HybridConfig(StageConfig):
     costs: CostName = "uniform"
     """C_i: uniform (the paper's 1), or macs (each block's multiply-adds over their mean)."""
     sharpen_to: float | None = None
-    """Scale the gates' logits to this mean magnitude when the stage starts, if it is lower. Straight-
-    through training leaves logits near 0: without this, samples differ much from the thresholded
-    decisions it optimised, and accuracy starts far down."""
+    """Scale the gates' logits to this mean magnitude when the stage starts, if it is lower.
+    Straight-through training leaves logits near 0: without this, samples differ much from the
+    thresholded decisions it optimised, and accuracy starts far down."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -93,7 +93,7 @@ def fit(
         UserError: When the loss is no longer finite; the last checkpoint was written before.
     """
     if config.channels_last:
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(network, stage.optimizer)
     average = None
     if stage.ema_decay is not None:
@@ -152,9 +152,14 @@ def fit(
             for key, value in metrics.items():
                 sums[key] = sums.get(key, torch.zeros(())) + value.detach() / stage.accumulate
         if stage.optimizer.clip_norm is not None:
+            # A gradient that is not finite makes the weights so, and is reported by the loop.
             norm = fabric.clip_gradients(
-                model, fabric_optimizer, max_norm=stage.optimizer.clip_norm, error_if_nonfinite=False
+                model,
+                fabric_optimizer,
+                max_norm=stage.optimizer.clip_norm,
+                error_if_nonfinite=False,
             )
+            assert norm is not None
             sums["gradient_norm"] = sums.get("gradient_norm", torch.zeros(())) + norm
         fabric_optimizer.step()
         fabric_optimizer.zero_grad(set_to_none=True)
@@ -190,9 +195,12 @@ def fit(
         if (saving or stopping) and done < total:
             checkpoint(done)
             last_saved = time.monotonic()
-        if stopping:
+        if stopping and done < total:  # Else the stage is complete, and the next one will stop.
             progress.stop()
-            raise Interrupted(f"stopped in stage {name} at step {done} of {total}")
+            raise Interrupted(
+                f"stopped in stage {name} at step {done} of {total}; continue with: "
+                f"skipnet train --resume {run.path}"
+            )
     progress.stop()
     return _trained(network, average), before + time.monotonic() - began
 
@@ -201,11 +209,12 @@ def build_optimizer(network: SkipNet, config: OptimizerConfig) -> torch.optim.Op
     """Build the optimizer, with the gates as a group of their own."""
     gates = [] if network.gate is None else list(network.gate.parameters())
     ids = {id(parameter) for parameter in gates}
-    groups = [{"params": [p for p in network.parameters() if id(p) not in ids]}]
+    rest = [parameter for parameter in network.parameters() if id(parameter) not in ids]
+    groups: list[dict[str, Any]] = [{"params": rest, "lr": config.lr}]
     if gates:
-        groups.append({"params": gates})
-    for group, rate in zip(groups, (config.lr, config.gate_lr or config.lr), strict=False):
-        group |= {"lr": rate, "base_lr": rate}
+        groups.append({"params": gates, "lr": config.gate_lr or config.lr})
+    for group in groups:
+        group["base_lr"] = group["lr"]
     if config.name == "adamw":
         betas = (config.momentum, 0.999)
         return torch.optim.AdamW(groups, betas=betas, weight_decay=config.weight_decay)
@@ -233,7 +242,10 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _trained(network: SkipNet, average: AveragedModel | None) -> SkipNet:
-    return network if average is None else average.module
+    if average is None:
+        return network
+    assert isinstance(average.module, SkipNet)
+    return average.module
 
 
 def _evaluation_steps(every: float | None, steps_per_epoch: int, total: int) -> set[int]:
@@ -269,7 +281,9 @@ def _demand_finite(
     if math.isfinite(loss) and all(p.isfinite().all() for p in network.parameters()):
         return
     saved = run.checkpoint_step(name)
-    kept = "no checkpoint was written yet" if saved is None else f"step {saved} is kept in {run.path}"
+    kept = (
+        "no checkpoint was written yet" if saved is None else f"step {saved} is kept in {run.path}"
+    )
     raise UserError(
         f"stage {name} diverged by step {step}: the loss or a weight is not finite ({kept}); "
         f"start again with a lower --{name}.optimizer.lr or with --{name}.optimizer.clip-norm 1"

@@ -1,12 +1,12 @@
 """The run directory: everything a training run leaves behind, and what it needs to go on.
 
-    config.json           the whole configuration
-    environment.json      versions, commit, hardware, threads
-    metrics.jsonl         one line a log interval and an evaluation
-    results.json          evaluation of every finished stage
-    checkpoint.safetensors  training state of the stage in progress
-    dense.safetensors, sp.safetensors, hrl.safetensors   model of every finished stage
-    model.safetensors     model of the last finished stage
+config.json           the whole configuration
+environment.json      versions, commit, hardware, threads
+metrics.jsonl         one line a log interval and an evaluation
+results.json          evaluation of every finished stage
+checkpoint.safetensors  training state of the stage in progress
+dense.safetensors, sp.safetensors, hrl.safetensors   model of every finished stage
+model.safetensors     model of the last finished stage
 """
 
 import importlib.metadata
@@ -35,6 +35,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._events: Any = None
         self.results: dict[str, Any] = self._read_json("results.json") or {}
 
     @staticmethod
@@ -127,13 +128,27 @@ class RunDirectory:
     def _checkpoint(self) -> Path:
         return self.path / "checkpoint.safetensors"
 
+    def open_tensorboard(self) -> None:
+        """Write TensorBoard events beside metrics.jsonl from now on, if it is installed."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        self._events = SummaryWriter(str(self.path / "tensorboard"))
+
     def log(self, line: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl."""
+        """Append a line to metrics.jsonl, and its numbers to the TensorBoard events."""
         try:
             with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {file.name}: {error.strerror or error}") from error
+        if self._events is not None:
+            metrics = line | line.get("evaluation", {})
+            for key, value in metrics.items():
+                if isinstance(value, float):
+                    kind = "test" if "evaluation" in line else "train"
+                    self._events.add_scalar(f"{line['stage']}/{kind}/{key}", value, line["step"])
 
     def forget_after(self, stage: StageName, step: int) -> None:
         """Drop the log lines of a stage beyond a step: a resumed run writes them again."""

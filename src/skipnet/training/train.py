@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy
+from lightning_fabric.strategies.ddp import DDPStrategy
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -17,9 +17,8 @@ from skipnet.data.loaders import TrainLoader
 from skipnet.data.sources import ImageSet, load, normalization
 from skipnet.errors import UserError
 from skipnet.models.registry import Architecture
-from skipnet.models.weights import ModelInfo, read_tensors, save
+from skipnet.models.weights import ModelInfo, load_weights, read_tensors, save
 from skipnet.models.weights import load as load_model
-from skipnet.models.weights import load_weights
 from skipnet.routing.decisions import Decision, Sample
 from skipnet.routing.network import SkipNet
 from skipnet.seeding import EVALUATION, RANK, WEIGHTS, sub_seed
@@ -76,6 +75,8 @@ def train(
         image_size=(training_set.images.shape[2], training_set.images.shape[3]),
     )
     training_set, test_set = training_set.to(fabric.device), test_set.to(fabric.device)
+    if config.tensorboard and fabric.is_global_zero:
+        run.open_tensorboard()
     with StopRequest() as stop:
         for name in config.stages:
             if run.finished(name):
@@ -84,6 +85,10 @@ def train(
     if fabric.is_global_zero:
         _measure_throughput(config, run, test_set, fabric.device)
         console.print(results_table(run.results, config))
+        console.print(f"Run directory: {run.path}", soft_wrap=True)
+        console.print(
+            f"Next: skipnet evaluate {run.path}   or   skipnet info {run.path}", soft_wrap=True
+        )
     fabric.barrier()
     return run
 
@@ -122,7 +127,7 @@ def _run_stage(
     loader = TrainLoader(
         training_set,
         batch_size=stage.batch_size,
-        seed=sub_seed(config.seed, WEIGHTS, _STAGE_SEEDS[name]) >> 1,
+        seed=sub_seed(config.seed, WEIGHTS, _STAGE_SEEDS[name]),
         padding=config.data.padding,
         flip=config.data.flip,
         mean=info.mean,
@@ -224,34 +229,35 @@ def _run_directory(
         run.demand_same(config)
         return run
     path = RunDirectory.create(config, output).path if fabric.is_global_zero else None
-    return RunDirectory(fabric.broadcast(path))
+    path = fabric.broadcast(path)
+    assert path is not None
+    return RunDirectory(path)
 
 
 def _measure_throughput(
     config: TrainConfig, run: RunDirectory, test_set: ImageSet, device: torch.device
 ) -> None:
     """Time the networks of all stages in turns and add images/s to their results."""
-    models, info = {}, None
+    models: dict[str, SkipNet] = {}
+    info = None
     for name in config.stages:
         model, info = load_model(run.model_path(name))
         if config.channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model.to(memory_format=torch.channels_last)
         models[name] = model.to(device)
     assert info is not None
     rates = throughput(
         models, test_set, mean=info.mean, std=info.std, channels_last=config.channels_last
     )
-    for name, rate in rates.items():
-        run.results[name]["images_per_s"] = rate
+    for stage, rate in rates.items():
+        run.results[stage]["images_per_s"] = rate
     run.write_results()
 
 
 def _fabric(config: TrainConfig) -> Fabric:
     """One process on one device, or what torchrun started."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        fabric = Fabric(
-            accelerator=config.accelerator, devices=1, precision=config.precision
-        )
+        fabric = Fabric(accelerator=config.accelerator, devices=1, precision=config.precision)
     else:
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         fabric = Fabric(
