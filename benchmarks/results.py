@@ -1,0 +1,120 @@
+"""Turn run directories into the JSON that is kept, and the JSON into README's tables.
+
+    python benchmarks/results.py collect RUN… --out benchmarks/<theme>_<hardware>_<date>.json
+    python benchmarks/results.py tables          # writes the tables in README.md again
+
+A table in README stands between `<!-- results: FILE -->` and `<!-- end -->`; a test holds it against
+its file.
+"""
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+ROOT = Path(__file__).parent.parent
+STAGES = {"dense": "dense", "sp": "SkipNet, SP", "hrl": "SkipNet, SP + HRL"}
+TABLE = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def collect(runs: tyro.conf.Positional[tuple[Path, ...]], *, out: Path) -> None:
+    """Write configuration, environment, results and curves of runs of one recipe to one file.
+
+    Args:
+        runs: Finished run directories that differ in their seed alone.
+        out: The JSON file.
+    """
+    entries = [_read_run(path) for path in runs]
+    config = entries[0]["config"]
+    for entry in entries:
+        if {**entry["config"], "seed": 0} != {**config, "seed": 0}:
+            raise SystemExit("the runs differ in more than their seed")
+    merged = {
+        "recipe": config["recipe"],
+        "config": config,
+        "runs": [{**entry, "config": None, "seed": entry["config"]["seed"]} for entry in entries],
+    }
+    for entry in merged["runs"]:
+        del entry["config"]
+    out.write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
+
+
+def tables() -> None:
+    """Write README.md's tables again from their files."""
+    readme = ROOT / "README.md"
+    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def with_tables(text: str) -> str:
+    """Return a Markdown text with its tables made again."""
+    return TABLE.sub(lambda m: m[1] + table(ROOT / "benchmarks" / m[2]) + m[3], text)
+
+
+def table(path: Path) -> str:
+    """Return the Markdown table of a results file."""
+    results = json.loads(path.read_text(encoding="utf-8"))
+    runs = results["runs"]
+    lines = [
+        "| network | accuracy | sampled gates | MACs | of dense | blocks run | training |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for stage in results["config"]["stages"]:
+        evaluations = [run["results"][stage]["evaluation"] for run in runs]
+        sampled = [run["results"][stage]["sampled"] for run in runs if stage != "dense"]
+        minutes = statistics.mean(run["results"][stage]["seconds"] for run in runs) / 60
+        cells = [
+            STAGES[stage],
+            _spread([e["accuracy"] for e in evaluations]) + " %",
+            _spread([e["accuracy"] for e in sampled]) + " %" if sampled else "",
+            f"{statistics.mean(e['macs'] for e in evaluations) / 1e6:.1f}M",
+            _spread([100 * e["macs_fraction"] for e in evaluations], 1) + " %",
+            _spread([100 * e["blocks_fraction"] for e in evaluations], 1) + " %",
+            f"{minutes:.0f} min",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    environment = runs[0]["environment"]
+    hardware, versions = environment["hardware"], environment["versions"]
+    seeds = ", ".join(str(run["seed"]) for run in runs)
+    lines += [
+        "",
+        f"`{results['recipe']}`, seed {seeds}; "
+        f"{hardware['gpu'] or hardware['cpu']}, {hardware['cores']} cores, torch "
+        f"{versions['torch']}, commit {environment['commit']}, "
+        f"{environment['time'][:10]} ([JSON](benchmarks/{path.name})).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    config = _json(path / "config.json")
+    # A local folder is named for what it holds, not for where it lay.
+    config["data"]["name"] = Path(config["data"]["name"]).name
+    lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    curve = []
+    for line in map(json.loads, lines):
+        if "evaluation" in line:
+            result = line.pop("evaluation")
+            line |= {key: result[key] for key in ("accuracy", "macs_fraction", "blocks_fraction")}
+        curve.append({k: round(v, 5) if isinstance(v, float) else v for k, v in line.items()})
+    return {
+        "config": config,
+        "environment": _json(path / "environment.json"),
+        "results": _json(path / "results.json"),
+        "curve": curve,
+    }
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _spread(values: list[float], digits: int = 2) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+if __name__ == "__main__":
+    tyro.extras.subcommand_cli_from_dict({"collect": collect, "tables": tables})
