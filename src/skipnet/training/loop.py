@@ -6,10 +6,9 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -22,6 +21,9 @@ from skipnet.training.config import OptimizerConfig, StageConfig, StageName, Tra
 from skipnet.training.progress import Progress
 from skipnet.training.run import RunDirectory
 from skipnet.training.schedule import learning_rate_factor
+
+if TYPE_CHECKING:  # Fabric takes as long to import as torch does; only training needs it
+    from lightning_fabric import Fabric
 
 
 class Interrupted(Exception):
@@ -56,7 +58,7 @@ class StopRequest:
 
 
 def fit(
-    fabric: Fabric,
+    fabric: "Fabric",
     network: SkipNet,
     task: Task,
     loader: TrainLoader,
@@ -256,7 +258,7 @@ def _evaluation_steps(every: float | None, steps_per_epoch: int, total: int) -> 
     return set(range(interval, total, interval))
 
 
-def _mean_over_ranks(fabric: Fabric, means: dict[str, float]) -> dict[str, float]:
+def _mean_over_ranks(fabric: "Fabric", means: dict[str, float]) -> dict[str, float]:
     if fabric.world_size == 1:
         return means
     values = torch.tensor(list(means.values()), device=fabric.device, dtype=torch.float64)
@@ -265,7 +267,7 @@ def _mean_over_ranks(fabric: Fabric, means: dict[str, float]) -> dict[str, float
     return dict(zip(means, reduced.tolist(), strict=True))
 
 
-def _any_rank(fabric: Fabric, flag: bool) -> bool:
+def _any_rank(fabric: "Fabric", flag: bool) -> bool:
     """Whether the flag is set on any rank: all must leave the loop at the same step."""
     if fabric.world_size == 1:
         return flag

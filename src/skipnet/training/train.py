@@ -3,11 +3,9 @@
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.strategies.ddp import DDPStrategy
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -29,6 +27,9 @@ from skipnet.training.config import HybridConfig, StageConfig, StageName, TrainC
 from skipnet.training.loop import StopRequest, fit
 from skipnet.training.progress import Progress
 from skipnet.training.run import RunDirectory
+
+if TYPE_CHECKING:  # Fabric takes as long to import as torch does; only training needs it
+    from lightning_fabric import Fabric
 
 
 def train(
@@ -113,7 +114,7 @@ def results_table(results: dict[str, Any], config: TrainConfig) -> Table:
 
 
 def _run_stage(
-    fabric: Fabric,
+    fabric: "Fabric",
     config: TrainConfig,
     name: StageName,
     info: ModelInfo,
@@ -222,7 +223,7 @@ def _task(config: TrainConfig, stage: StageConfig, total: int, rank: int) -> Tas
 
 
 def _run_directory(
-    fabric: Fabric, config: TrainConfig, output: Path | None, resume: Path | None
+    fabric: "Fabric", config: TrainConfig, output: Path | None, resume: Path | None
 ) -> RunDirectory:
     if resume is not None:
         run, _ = RunDirectory.open(resume)
@@ -254,8 +255,11 @@ def _measure_throughput(
     run.write_results()
 
 
-def _fabric(config: TrainConfig) -> Fabric:
+def _fabric(config: TrainConfig) -> "Fabric":
     """One process on one device, or what torchrun started."""
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies.ddp import DDPStrategy
+
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         fabric = Fabric(accelerator=config.accelerator, devices=1, precision=config.precision)
     else:
