@@ -96,8 +96,10 @@ def test_gates_by_hand() -> None:
     area = [32**2] * 3 + [16**2] * 3 + [8**2] * 2
     width = [16] * 3 + [32] * 3 + [64] * 2
     rnn = [10 * c + 4 * 10 * (10 + 10) + 10 for c in width]
-    ff1 = [9 * c * c * a // 4 + 9 * c * c * a // 16 + 2 * c for c, a in zip(width, area)]
-    ff2 = [9 * c * c * a // 4 + 2 * c for c, a in zip(width, area)]
+    ff1 = [
+        9 * c * c * a // 4 + 9 * c * c * a // 16 + 2 * c for c, a in zip(width, area, strict=True)
+    ]
+    ff2 = [9 * c * c * a // 4 + 2 * c for c, a in zip(width, area, strict=True)]
     for kind, expected in {"rnn": rnn, "ff1": ff1, "ff2": ff2}.items():
         assert list(cost_of("cifar_resnet20", kind).gates) == expected
 

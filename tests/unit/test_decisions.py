@@ -217,7 +217,7 @@ def test_decisions_by_name(name: str, kind: type) -> None:
 
 
 def test_unknown_decision_names_the_known_ones() -> None:
-    with pytest.raises(UserError, match="'hard'.*threshold, straight-through, sample, soft"):
+    with pytest.raises(UserError, match=r"'hard'.*threshold, straight-through, sample, soft"):
         named_decision("hard")
 
 

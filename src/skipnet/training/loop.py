@@ -171,9 +171,10 @@ def fit(
         counted += 1
 
         now = time.monotonic()
-        stopping = _any_rank(fabric, stop.requested)
+        stopping, saving = _any_rank(
+            fabric, stop.requested, now - last_saved >= config.checkpoint_seconds
+        )
         logging = done % config.log_every == 0 or done == total
-        saving = now - last_saved >= config.checkpoint_seconds
         evaluating = done in evaluation_steps
         if logging or saving or evaluating or stopping or progress.due():
             means = {key: value.item() / counted for key, value in sums.items()}
@@ -267,13 +268,14 @@ def _mean_over_ranks(fabric: "Fabric", means: dict[str, float]) -> dict[str, flo
     return dict(zip(means, reduced.tolist(), strict=True))
 
 
-def _any_rank(fabric: "Fabric", flag: bool) -> bool:
-    """Whether the flag is set on any rank: all must leave the loop at the same step."""
+def _any_rank(fabric: "Fabric", *flags: bool) -> tuple[bool, ...]:
+    """Which flags are set on any rank: all must save, or leave the loop, at the same step."""
     if fabric.world_size == 1:
-        return flag
-    reduced = fabric.all_reduce(torch.tensor(float(flag), device=fabric.device), reduce_op="sum")
+        return flags
+    values = torch.tensor(flags, device=fabric.device, dtype=torch.float32)
+    reduced = fabric.all_reduce(values, reduce_op="sum")
     assert isinstance(reduced, Tensor)
-    return bool(reduced.item())
+    return tuple(bool(value) for value in reduced.tolist())
 
 
 def _demand_finite(
