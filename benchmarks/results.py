@@ -3,8 +3,8 @@
     python benchmarks/results.py collect RUN… --out benchmarks/<theme>_<hardware>_<date>.json
     python benchmarks/results.py tables          # writes the tables in README.md again
 
-A table in README stands between `<!-- results: FILE -->` and `<!-- end -->`; a test holds it against
-its file.
+A table in README stands between `<!-- results: FILE -->` and `<!-- end -->`; a test holds it
+against its file.
 """
 
 import json
@@ -28,17 +28,12 @@ def collect(runs: tyro.conf.Positional[tuple[Path, ...]], *, out: Path) -> None:
         out: The JSON file.
     """
     entries = [_read_run(path) for path in runs]
-    config = entries[0]["config"]
-    for entry in entries:
-        if {**entry["config"], "seed": 0} != {**config, "seed": 0}:
-            raise SystemExit("the runs differ in more than their seed")
-    merged = {
-        "recipe": config["recipe"],
-        "config": config,
-        "runs": [{**entry, "config": None, "seed": entry["config"]["seed"]} for entry in entries],
-    }
-    for entry in merged["runs"]:
-        del entry["config"]
+    configs = [entry.pop("config") for entry in entries]
+    for entry, config in zip(entries, configs, strict=True):
+        entry["seed"] = config.pop("seed")
+    if any(config != configs[0] for config in configs):
+        raise SystemExit("the runs differ in more than their seed")
+    merged = {"recipe": configs[0]["recipe"], "config": configs[0], "runs": entries}
     out.write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
 
 

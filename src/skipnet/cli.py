@@ -5,8 +5,10 @@ Only `main` reads arguments, prints errors as one line and turns them into exit 
 
 import difflib
 import json
+import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +35,8 @@ from skipnet.training.loop import Interrupted
 from skipnet.training.run import RunDirectory
 from skipnet.training.train import train as train_run
 
-EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 128 + signal.SIGINT
+EXIT_MISTAKE = 2
+EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
 
 def train(
@@ -85,12 +88,12 @@ def evaluate(
         batch_size: Images a batch.
         seed: Of the sampled decisions.
     """
-    path, config = _locate(model, stage)
+    path = _locate(model, stage)
     network, info = load(path)
     if data is not None:
         source = DataConfig(name=data)
-    elif config is not None:
-        source = config.data
+    elif (path.parent / "config.json").exists():
+        source = RunDirectory.open(path.parent)[1].data
     else:
         raise UserError(f"{path} does not say what it was trained on: name a test set with --data")
     source = replace(
@@ -147,13 +150,17 @@ def info(
     console = Console(highlight=False)
     size = (32, 32)
     results: dict[str, Any] = {}
+    if image_size is not None and image_size < 1:
+        raise UserError(f"image_size is {image_size}; set it to 1 or more pixels")
+    if model not in list_models() and ("/" in model or model.endswith(".safetensors")):
+        _demand_exists(Path(model))
     if model in list_models() or not Path(model).exists():
         architecture = Architecture(
             name=model, gate=gate, num_classes=num_classes, in_channels=in_channels
         )
         network = architecture.build()
     else:
-        network, about = load(_locate(Path(model), stage)[0])
+        network, about = load(_locate(Path(model), stage))
         architecture, size, results = about.architecture, about.image_size, about.results
     if image_size is not None:
         size = (image_size, image_size)
@@ -193,7 +200,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code: 0, 2 on a mistake, 130 when interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        _dispatch(words)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            _dispatch(words)
+        sys.stdout.flush()
     except UserError as error:
         print(f"skipnet: error: {error}", file=sys.stderr)
         return EXIT_MISTAKE
@@ -203,7 +213,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("skipnet: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:  # Whoever read our output, head perhaps, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
     return 0
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    print(f"skipnet: warning: {message}", file=sys.stderr)
 
 
 def _dispatch(words: list[str]) -> None:
@@ -298,26 +315,29 @@ def _first_line(command: Callable[..., Any]) -> str:
     return (command.__doc__ or "").split("\n")[0]
 
 
-def _locate(path: Path, stage: StageName | None) -> tuple[Path, TrainConfig | None]:
-    """The model file meant by a run directory or a file, and the configuration of its run."""
+def _locate(path: Path, stage: StageName | None) -> Path:
+    """The model file meant by a run directory or a file."""
     if path.is_dir():
-        _, config = RunDirectory.open(path)
-        model = RunDirectory(path).model_path(stage)
+        model = RunDirectory.open(path)[0].model_path(stage)
         if not model.exists():
             what = f"no finished stage {stage}" if stage else "no finished stage yet"
             raise UserError(f"{path} has {what}: continue it with skipnet train --resume {path}")
-        return model, config
+        return model
+    _demand_exists(path)
     if stage is not None:
         raise UserError(f"--stage chooses within a run directory, and {path} is none")
-    if (path.parent / "config.json").exists():
-        return path, RunDirectory.open(path.parent)[1]
-    return path, None
+    return path
+
+
+def _demand_exists(path: Path) -> None:
+    if not path.exists():
+        raise UserError(f"there is no run directory or model file {path}; see skipnet list runs")
 
 
 def _image_size(source: DataConfig, info: ModelInfo) -> int | None:
     """What test images must be resized to: the size trained on, if that is square."""
     height, width = info.image_size
-    return height if height == width and source.name != "digits" else source.image_size
+    return height if height == width else source.image_size
 
 
 def _print_info(

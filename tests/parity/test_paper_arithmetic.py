@@ -93,13 +93,11 @@ def test_rnn_gate_share_of_a_block_is_at_most_0_04_percent() -> None:
 
 
 def test_gates_by_hand() -> None:
-    area = [32**2] * 3 + [16**2] * 3 + [8**2] * 2
-    width = [16] * 3 + [32] * 3 + [64] * 2
-    rnn = [10 * c + 4 * 10 * (10 + 10) + 10 for c in width]
-    ff1 = [
-        9 * c * c * a // 4 + 9 * c * c * a // 16 + 2 * c for c, a in zip(width, area, strict=True)
-    ]
-    ff2 = [9 * c * c * a // 4 + 2 * c for c, a in zip(width, area, strict=True)]
+    # (channels, pixels) of the output of blocks 0 to 7.
+    maps = [(16, 32**2)] * 3 + [(32, 16**2)] * 3 + [(64, 8**2)] * 2
+    rnn = [10 * c + 4 * 10 * (10 + 10) + 10 for c, _ in maps]
+    ff1 = [9 * c * c * pixels // 4 + 9 * c * c * pixels // 16 + 2 * c for c, pixels in maps]
+    ff2 = [9 * c * c * pixels // 4 + 2 * c for c, pixels in maps]
     for kind, expected in {"rnn": rnn, "ff1": ff1, "ff2": ff2}.items():
         assert list(cost_of("cifar_resnet20", kind).gates) == expected
 

@@ -88,9 +88,11 @@ def load(path: str | os.PathLike[str]) -> tuple[SkipNet, ModelInfo]:
         raise UserError(f"{path} has format version {version}; this skipnet reads {FORMAT_VERSION}")
     try:
         info = ModelInfo.from_dict(values)
+        model = info.architecture.build()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: its metadata is not a model's ({error!r})") from None
-    model = info.architecture.build()
     load_weights(model, tensors, path)
     return model.eval(), info
 
@@ -142,10 +144,11 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         kept = "; the previous file is untouched" if path.exists() else ""
         raise UserError(f"cannot write {path}: {error.strerror or error}{kept}") from error
+    finally:  # After Ctrl-C too; a file that took its place is no longer under this name.
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -167,5 +170,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         values = json.loads(metadata[_KEY])
     except (KeyError, ValueError):
-        raise UserError(f"{path} was not written by skipnet: it lacks the metadata") from None
+        values = None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} was not written by skipnet: it lacks the metadata")
     return tensors, values

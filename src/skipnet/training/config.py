@@ -40,6 +40,8 @@ class OptimizerConfig:
             _positive(self, "clip_norm")
         if not 0 <= self.momentum < 1:
             raise UserError(f"momentum must lie in [0, 1), not {self.momentum}")
+        if self.nesterov and self.name == "sgd" and self.momentum == 0:
+            raise UserError("nesterov needs momentum above 0: raise it, or set nesterov to false")
         if self.weight_decay < 0:
             raise UserError(f"weight_decay must be at least 0, not {self.weight_decay}")
 
@@ -192,7 +194,7 @@ class TrainConfig:
     """32-true or bf16-mixed."""
     channels_last: bool = True
     """Memory layout of images and weights: faster on CPUs and on GPUs with tensor cores."""
-    accelerator: str = "auto"
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """auto, cpu or cuda."""
     log_every: int = 50
     """Steps between two lines of metrics.jsonl."""
@@ -238,8 +240,12 @@ def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
         UserError: On fields that this version does not know, or lacks.
     """
     hints = get_type_hints(cls)
-    if not isinstance(values, dict) or set(values) - set(hints):
-        raise UserError(f"not a {cls.__name__} of this version of skipnet: {values}")
+    if not isinstance(values, dict):
+        raise UserError(f"not a {cls.__name__} of this version of skipnet: {values!r}")
+    if strange := sorted(set(values) - set(hints)):
+        raise UserError(
+            f"not a {cls.__name__} of this version of skipnet: unknown fields {', '.join(strange)}"
+        )
     arguments = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]):

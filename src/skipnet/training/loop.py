@@ -1,6 +1,8 @@
 """The loop: optimizer steps on a task, whatever it is, that survive being stopped at any moment."""
 
 import math
+import os
+import shlex
 import signal
 import threading
 import time
@@ -33,7 +35,8 @@ class Interrupted(Exception):
 class StopRequest:
     """Notes Ctrl-C and SIGTERM, so that the step in progress can end and be saved.
 
-    A second Ctrl-C stops at once.
+    A second Ctrl-C stops at once; not so under torchrun, which passes on to every process a signal
+    that the terminal has sent it already.
     """
 
     def __init__(self) -> None:
@@ -52,7 +55,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested and "TORCHELASTIC_RUN_ID" not in os.environ:
             raise KeyboardInterrupt
         self.requested = True
 
@@ -104,6 +107,9 @@ def fit(
     model, fabric_optimizer = fabric.setup(network, optimizer)
 
     first, before = 0, 0.0
+    # Metrics since the last log line; in float64, which JSON keeps to the last bit.
+    sums: dict[str, Tensor] = {}
+    counted = 0
     began = time.monotonic()
     saved = run.load_checkpoint(name)
     if saved is not None:
@@ -113,12 +119,14 @@ def fit(
             average.load_state_dict(_under("average.", tensors))
         optimizer.load_state_dict(_optimizer_state(optimizer, _under("optimizer.", tensors)))
         task.load_state_dict(state["task"])
-        first, before = state["step"], state["seconds"]
+        first, before, counted = state["step"], state["seconds"], state["counted"]
+        sums = {key: torch.tensor(x, dtype=torch.float64) for key, x in state["sums"].items()}
     if fabric.is_global_zero:
         # A run that was killed may have logged steps beyond its checkpoint.
         run.forget_after(name, first)
 
     def checkpoint(step: int) -> None:
+        totals = _mean_over_ranks(fabric, {key: value.item() for key, value in sums.items()})
         if not fabric.is_global_zero:
             return
         tensors = {f"model.{key}": value for key, value in network.state_dict().items()}
@@ -128,12 +136,11 @@ def fit(
             tensors |= {f"optimizer.{index}.{key}": value for key, value in entry.items()}
         seconds = before + time.monotonic() - began
         state = {"stage": name, "step": step, "seconds": seconds, "task": task.state_dict()}
+        state |= {"counted": counted, "sums": totals}
         run.save_checkpoint({k: v for k, v in tensors.items() if v is not None}, state)
 
     total = stage.total_steps(loader.steps_per_epoch)
     evaluation_steps = _evaluation_steps(config.evaluate_every, loader.steps_per_epoch, total)
-    sums: dict[str, Tensor] = {}
-    counted = 0
     last_saved = last_logged = time.monotonic()
     network.train()
     progress.start(name, first, total)
@@ -152,7 +159,7 @@ def fit(
                 metrics = task(model, images[rows], labels[rows], step * stage.accumulate + part)
                 fabric.backward(metrics["loss"] / stage.accumulate)
             for key, value in metrics.items():
-                sums[key] = sums.get(key, torch.zeros(())) + value.detach() / stage.accumulate
+                sums[key] = sums.get(key, 0) + value.detach().double() / stage.accumulate
         if stage.optimizer.clip_norm is not None:
             # A gradient that is not finite makes the weights so, and is reported by the loop.
             norm = fabric.clip_gradients(
@@ -162,7 +169,7 @@ def fit(
                 error_if_nonfinite=False,
             )
             assert norm is not None
-            sums["gradient_norm"] = sums.get("gradient_norm", torch.zeros(())) + norm
+            sums["gradient_norm"] = sums.get("gradient_norm", 0) + norm.double()
         fabric_optimizer.step()
         fabric_optimizer.zero_grad(set_to_none=True)
         if average is not None:
@@ -202,10 +209,15 @@ def fit(
             progress.stop()
             raise Interrupted(
                 f"stopped in stage {name} at step {done} of {total}; continue with: "
-                f"skipnet train --resume {run.path}"
+                f"{resume_command(run)}"
             )
     progress.stop()
     return _trained(network, average), before + time.monotonic() - began
+
+
+def resume_command(run: RunDirectory) -> str:
+    """Return what to type to continue a run."""
+    return f"skipnet train --resume {shlex.quote(str(run.path))}"
 
 
 def build_optimizer(network: SkipNet, config: OptimizerConfig) -> torch.optim.Optimizer:

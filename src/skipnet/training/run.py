@@ -37,6 +37,8 @@ class RunDirectory:
         self.path = path
         self._events: Any = None
         self.results: dict[str, Any] = self._read_json("results.json") or {}
+        if not _are_results(self.results):
+            raise UserError(f"{path / 'results.json'} does not hold the results of stages")
 
     @staticmethod
     def create(config: TrainConfig, path: Path | None = None) -> "RunDirectory":
@@ -112,6 +114,11 @@ class RunDirectory:
         """Write the training state atomically; the previous one survives a failure."""
         write_tensors(self._checkpoint, tensors, state)
 
+    def sweep(self) -> None:
+        """Remove what a run that was killed had begun to write."""
+        for unfinished in self.path.glob(".*.tmp"):
+            unfinished.unlink(missing_ok=True)
+
     def load_checkpoint(self, stage: StageName) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Read the training state of a stage in progress; None if there is none."""
         if not self._checkpoint.exists():
@@ -138,11 +145,12 @@ class RunDirectory:
 
     def log(self, line: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl, and its numbers to the TensorBoard events."""
+        path = self.path / "metrics.jsonl"
         try:
-            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write {file.name}: {error.strerror or error}") from error
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
         if self._events is not None:
             metrics = line | line.get("evaluation", {})
             for key, value in metrics.items():
@@ -176,6 +184,13 @@ class RunDirectory:
 
     def _write_json(self, name: str, values: Any) -> None:
         write_atomically(self.path / name, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def _are_results(values: Any) -> bool:
+    try:
+        return all({"accuracy", "macs_fraction"} <= set(v["evaluation"]) for v in values.values())
+    except (AttributeError, KeyError, TypeError):
+        return False
 
 
 def environment() -> dict[str, Any]:

@@ -24,7 +24,7 @@ from skipnet.tasks.hybrid import Budget, Hybrid
 from skipnet.tasks.supervised import Supervised
 from skipnet.tasks.task import Task
 from skipnet.training.config import HybridConfig, StageConfig, StageName, TrainConfig
-from skipnet.training.loop import StopRequest, fit
+from skipnet.training.loop import Interrupted, StopRequest, fit, resume_command
 from skipnet.training.progress import Progress
 from skipnet.training.run import RunDirectory
 
@@ -62,7 +62,6 @@ def train(
 
     training_set, test_set = load(config.data)
     mean, std = normalization(config.data, training_set)
-    run = _run_directory(fabric, config, output, resume)
     info = ModelInfo(
         architecture=Architecture(
             name=config.model.name,
@@ -76,13 +75,23 @@ def train(
         image_size=(training_set.images.shape[2], training_set.images.shape[3]),
     )
     training_set, test_set = training_set.to(fabric.device), test_set.to(fabric.device)
+    # An unknown network, or a batch that is too large, is told before a directory is made.
+    info.architecture.build()
+    loaders = {name: _loader(fabric, config, name, info, training_set) for name in config.stages}
+    run = _run_directory(fabric, config, output, resume)
     if config.tensorboard and fabric.is_global_zero:
         run.open_tensorboard()
     with StopRequest() as stop:
-        for name in config.stages:
-            if run.finished(name):
-                continue
-            _run_stage(fabric, config, name, info, training_set, test_set, run, progress, stop)
+        try:
+            for name, loader in loaders.items():
+                if not run.finished(name):
+                    _run_stage(fabric, config, name, info, loader, test_set, run, progress, stop)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"stopped at once; continue from the last checkpoint with: {resume_command(run)}"
+            ) from None
+        finally:
+            progress.stop()
     if fabric.is_global_zero:
         _measure_throughput(config, run, test_set, fabric.device)
         console.print(results_table(run.results, config))
@@ -118,24 +127,13 @@ def _run_stage(
     config: TrainConfig,
     name: StageName,
     info: ModelInfo,
-    training_set: ImageSet,
+    loader: TrainLoader,
     test_set: ImageSet,
     run: RunDirectory,
     progress: Progress,
     stop: StopRequest,
 ) -> None:
     stage = config.stage(name)
-    loader = TrainLoader(
-        training_set,
-        batch_size=stage.batch_size,
-        seed=sub_seed(config.seed, WEIGHTS, _STAGE_SEEDS[name]),
-        padding=config.data.padding,
-        flip=config.data.flip,
-        mean=info.mean,
-        std=info.std,
-        rank=fabric.global_rank,
-        world_size=fabric.world_size,
-    )
     if name == "dense":
         info = replace(info, architecture=replace(info.architecture, gate=None))
     torch.manual_seed(sub_seed(config.seed, WEIGHTS, _STAGE_SEEDS[name]))
@@ -184,6 +182,31 @@ def _run_stage(
     fabric.barrier()
 
 
+def _loader(
+    fabric: "Fabric", config: TrainConfig, name: StageName, info: ModelInfo, training_set: ImageSet
+) -> TrainLoader:
+    """The batches of a stage."""
+    stage = config.stage(name)
+    loader = TrainLoader(
+        training_set,
+        batch_size=stage.batch_size,
+        seed=sub_seed(config.seed, WEIGHTS, _STAGE_SEEDS[name]),
+        padding=config.data.padding,
+        flip=config.data.flip,
+        mean=info.mean,
+        std=info.std,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+    )
+    share = stage.batch_size // fabric.world_size
+    if share % stage.accumulate:
+        raise UserError(
+            f"{name}: the {share} images of each of {fabric.world_size} processes cannot be split "
+            f"evenly into {stage.accumulate} micro-batches; change batch_size or accumulate"
+        )
+    return loader
+
+
 def _sharpen(network: SkipNet, images: Tensor, magnitude: float) -> None:
     """Scale the logits of all gates by one factor, up to a mean magnitude on some images."""
     assert network.gate is not None
@@ -228,6 +251,8 @@ def _run_directory(
     if resume is not None:
         run, _ = RunDirectory.open(resume)
         run.demand_same(config)
+        if fabric.is_global_zero:
+            run.sweep()
         return run
     path = RunDirectory.create(config, output).path if fabric.is_global_zero else None
     path = fabric.broadcast(path)
@@ -261,7 +286,12 @@ def _fabric(config: TrainConfig) -> "Fabric":
     from lightning_fabric.strategies.ddp import DDPStrategy
 
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        fabric = Fabric(accelerator=config.accelerator, devices=1, precision=config.precision)
+        try:
+            fabric = Fabric(accelerator=config.accelerator, devices=1, precision=config.precision)
+        except RuntimeError:
+            raise UserError(
+                f"{config.accelerator} is not available on this machine: use --accelerator auto"
+            ) from None
     else:
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         fabric = Fabric(
@@ -269,7 +299,7 @@ def _fabric(config: TrainConfig) -> "Fabric":
             devices=local,
             num_nodes=int(os.environ["WORLD_SIZE"]) // local,
             # A block that no row of a batch runs has no gradient on that process.
-            strategy=DDPStrategy(find_unused_parameters=True),
+            strategy=DDPStrategy(find_unused_parameters="hrl" in config.stages),
             precision=config.precision,
         )
     fabric.launch()

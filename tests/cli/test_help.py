@@ -1,0 +1,57 @@
+"""The help of every command, word by word: a flag is made on purpose."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from skipnet import cli
+
+GOLDEN = Path(__file__).parent / "golden"
+UPDATE = "SKIPNET_UPDATE_GOLDEN"
+COMMANDS = {
+    "skipnet": ["--help"],
+    "train": ["train", "--help"],
+    "train-digits": ["train", "digits", "--help"],
+    "evaluate": ["evaluate", "--help"],
+    "info": ["info", "--help"],
+    "list": ["list", "--help"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = cli.main(COMMANDS[name])
+    except SystemExit as leave:  # of tyro, which prints the help of a command's flags
+        code = leave.code
+    shown = capsys.readouterr()
+    assert (code, shown.err) == (0, "")
+    text = "\n".join(line.rstrip() for line in shown.out.strip().splitlines()) + "\n"
+    assert max(map(len, text.splitlines())) <= 110
+    assert str(Path.cwd()) not in text and str(Path.home()) not in text
+    path = GOLDEN / f"{name}.txt"
+    if os.environ.get(UPDATE):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    assert path.exists() and text == path.read_text(encoding="utf-8"), (
+        f"the help of `skipnet {' '.join(COMMANDS[name])}` has changed; if that is meant, run "
+        f"{UPDATE}=1 python -m pytest tests/cli/test_help.py, and look at git diff tests/cli/golden"
+    )
+
+
+def test_every_golden_file_is_of_a_command() -> None:
+    assert {path.stem for path in GOLDEN.iterdir()} == set(COMMANDS)
+    assert set(cli.COMMANDS) <= set(COMMANDS)
+
+
+def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    assert capsys.readouterr().out.startswith("usage: skipnet COMMAND")
+    assert cli.main(["train"]) == 0
+    assert capsys.readouterr().out.startswith("usage: skipnet train RECIPE")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == "0.1.0\n"
