@@ -14,7 +14,7 @@ from skipnet import TrainConfig
 from skipnet.training.progress import _duration
 
 BATCH = "skipnet.data.loaders:TrainLoader.batch"
-LIVE = r"{stage} +step 3/6  \d+\.\d steps/s  ETA \d+:\d\d  loss -?\d+\.\d{{3}}  accuracy \d+\.\d %{keep}"
+LIVE = r"{stage} +step 3/6  \d+\.\d steps/s  ETA [\d:]+  loss -?\d+\.\d+  accuracy \d+\.\d %{keep}"
 
 
 def small() -> TrainConfig:

@@ -56,7 +56,7 @@ def test_killed_at_a_step(uninterrupted: Path, tmp_path: Path, call: int) -> Non
 @pytest.mark.parametrize(
     ("function", "call"),
     [
-        # Files are replaced in this order: config and environment; 5 checkpoints, dense.safetensors,
+        # Files are replaced in this order: config, environment; 5 checkpoints, dense.safetensors,
         # model.safetensors, results.json; metrics.jsonl as SP begins, and so on.
         ("os:replace", 3),  # the first checkpoint is written, not yet in its place
         ("os:replace", 4),

@@ -99,7 +99,7 @@ class TestAtomicWrites:
         assert list(tmp_path.iterdir()) == [path]
 
     def test_failure_of_the_first_file(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match="No such file or directory$"):
+        with pytest.raises(UserError, match=r"No such file or directory$"):
             write_atomically(tmp_path / "no" / "file", b"")
 
     def test_interrupt_leaves_no_temporary_file(
@@ -215,7 +215,7 @@ class TestCreate:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
         monkeypatch.setattr(os, "mkdir", refuse)
-        with pytest.raises(UserError, match="cannot make the run directory .*Permission denied"):
+        with pytest.raises(UserError, match=r"cannot make the run directory .*Permission denied"):
             RunDirectory.create(tiny_config(), tmp_path / "run")
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -442,7 +442,7 @@ def simulate(budget: Budget, steps: int, start: float, alpha: float, seed: int =
     noise = random.Random(seed)
     computation, measured = start, []
     for step in range(steps):
-        computation += 0.01 * (math.exp(-alpha / 2) - computation)
+        computation += 0.002 * (math.exp(-alpha / 2) - computation)
         measured.append(computation + noise.gauss(0, 0.02))
         alpha = budget.update(measured[-1], step)
     return measured
@@ -459,15 +459,16 @@ def test_budget_meets_its_target_without_swinging(target: float, seed: int) -> N
     course = smooth(simulate(budget, 4000, start=0.95, alpha=0.1, seed=seed))
     end = course[-1000:]
     assert sum(end) / len(end) == pytest.approx(target, abs=0.01)
-    assert max(end) - min(end) < 0.04
-    assert min(course) > target - 0.06
+    assert max(end) - min(end) < 0.03
+    assert min(course) > target - 0.08
 
 
 def test_budget_without_damping_swings() -> None:
     """What the docstring claims, and that the test above can see it."""
     budget = Budget(target=0.5, ramp_steps=1000, rate=0.05, damping=0.0)
     course = smooth(simulate(budget, 4000, start=0.95, alpha=0.1))
-    assert max(course[-1000:]) - min(course[-1000:]) > 0.1
+    assert max(course[-1000:]) - min(course[-1000:]) > 0.06
+    assert min(course) < 0.5 - 0.08
 
 
 def test_budget_lets_alpha_go_when_the_network_is_below_the_target() -> None:
