@@ -141,6 +141,7 @@ def fit(
 
     total = stage.total_steps(loader.steps_per_epoch)
     evaluation_steps = _evaluation_steps(config.evaluate_every, loader.steps_per_epoch, total)
+    timed = 0  # Steps since last_logged, which a resume does not carry over.
     last_saved = last_logged = time.monotonic()
     network.train()
     progress.start(name, first, total)
@@ -176,6 +177,7 @@ def fit(
             average.update_parameters(network)
         done = step + 1
         counted += 1
+        timed += 1
 
         now = time.monotonic()
         stopping, saving = _any_rank(
@@ -192,10 +194,10 @@ def fit(
         if logging:
             line = {"stage": name, "step": done, "epoch": done / loader.steps_per_epoch, **means}
             line["lr"] = stage.optimizer.lr * factor
-            line["images_per_s"] = counted * stage.batch_size / (now - last_logged)
+            line["images_per_s"] = timed * stage.batch_size / (now - last_logged)
             if fabric.is_global_zero:
                 run.log(line)
-            sums, counted, last_logged = {}, 0, now
+            sums, counted, timed, last_logged = {}, 0, 0, now
         if evaluating:
             result = evaluate(_trained(network, average))
             if fabric.is_global_zero:
