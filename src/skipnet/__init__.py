@@ -28,6 +28,7 @@ from skipnet.routing.gates import RNNGate as RNNGate
 from skipnet.routing.network import SkipNet as SkipNet
 from skipnet.routing.trace import Routing as Routing
 from skipnet.training.config import TrainConfig as TrainConfig
+from skipnet.training.loop import Interrupted as Interrupted
 from skipnet.training.train import train as train
 
 __version__ = importlib.metadata.version("skipnet")

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from skipnet.errors import UserError
+
 ORDER, AUGMENTATION, DECISIONS, WEIGHTS, RANK, EVALUATION = range(6)
 """Tags of `sub_seed`: what the random numbers are for."""
 
@@ -17,5 +19,10 @@ def sub_seed(seed: int, tag: int, index: int) -> int:
     Returns:
         The first 64-bit word of `numpy.random.SeedSequence((seed, tag, index))`: neighbouring
         inputs give unrelated seeds, and the value is the same on every platform.
+
+    Raises:
+        UserError: When the seed is negative.
     """
+    if seed < 0:
+        raise UserError(f"seed is {seed}; set it to 0 or more")
     return int(np.random.SeedSequence((seed, tag, index)).generate_state(1, np.uint64)[0])

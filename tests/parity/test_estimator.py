@@ -45,24 +45,33 @@ COSTS = {
 
 
 def tiny(gate: str) -> SkipNet:
-    """In evaluation, since the FF gates have batch norms, and with undecided gates."""
-    torch.manual_seed(0)
+    """Undecided gates, and decisions that matter to the next ones.
+
+    In evaluation, since the FF gates have batch norms.
+    """
     network = SkipNet(
         stem=nn.Conv2d(1, 2, 1, bias=False),
         blocks=[Block(kernel) for kernel in KERNELS],
         shortcuts=[nn.Identity() for _ in KERNELS],
         head=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3)),
-        gate=GATES[gate]((2,) * NUM_GATES, initial_keep=0.6),
-    )
+        gate=GATES[gate]((2,) * NUM_GATES),
+    ).double()
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter.mul_(1.5)
-    return network.double().eval()
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        logits = torch.stack([gates for _, _, gates in paths(network.eval(), data()[0])])
+        if gate == "rnn":
+            network.gate.project.bias -= logits.mean()
+        else:
+            for unit, mean in zip(network.gate.units, logits.mean(dim=(0, 1)), strict=True):
+                unit.linear.bias[1] -= mean
+    return network
 
 
 def data(images: int = 2) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    pixels = 2 * torch.randn(images, 1, 3, 3, dtype=torch.float64, generator=generator)
+    pixels = torch.randn(images, 1, 3, 3, dtype=torch.float64, generator=generator)
     return pixels, torch.arange(images) % 3
 
 
@@ -136,8 +145,8 @@ def drawn_at_once(baseline: str) -> tuple[int, int]:
     return (1, 2) if baseline == "leave-one-out" else (2, 1)
 
 
-SETTINGS = [("rnn", alpha, costs) for alpha in (0.0, 0.5, 4.0) for costs in COSTS]
-SETTINGS += [("ff1", 2.0, "macs"), ("ff2", 2.0, "macs")]
+SETTINGS = [("rnn", 0.0, "uniform"), ("rnn", 0.5, "uniform"), ("rnn", 4.0, "macs")]
+SETTINGS += [("ff1", 2.0, "macs"), ("ff2", 2.0, "uniform")]
 
 
 @pytest.mark.parametrize(("gate", "alpha", "costs"), SETTINGS)
@@ -237,7 +246,7 @@ def test_policy_gradient_reaches_the_blocks_and_the_stem() -> None:
 
 
 def own_included(returns: Tensor) -> Tensor:
-    return returns.mean(dim=0, keepdim=True).expand_as(returns)
+    return returns.mean(dim=0, keepdim=True) + torch.zeros_like(returns)
 
 
 def from_the_beginning(rewards: Tensor) -> Tensor:
@@ -336,12 +345,11 @@ def spread(drawn: list[Gradient]) -> float:
     return draws.var(dim=0).sum().item()
 
 
-@pytest.mark.parametrize("baseline", ["batch-mean", "greedy"])
-def test_baselines_reduce_the_variance(baseline: str) -> None:
-    # A return far from 0: without a baseline every draw is pushed the same way.
+def test_batch_mean_reduces_the_variance() -> None:
+    # Returns far from 0: without a baseline every draw is pushed the same way.
     network = tiny("rnn")
     without, with_baseline = (
         spread(drawn_gradients(network, Hybrid(alpha=8.0, baseline=name)))
-        for name in ("none", baseline)
+        for name in ("none", "batch-mean")
     )
     assert with_baseline < 0.7 * without

@@ -79,6 +79,15 @@ def test_name_and_description(name: str) -> None:
     assert description.endswith(".") and len(description) < 90
 
 
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_stages_share_nothing(name: str) -> None:
+    """A field that is changed in one stage stays as it is in the others."""
+    config = recipe(name)
+    config.dense.optimizer.lr, config.sp.schedule.name = 123.0, "constant"
+    assert config.sp.optimizer.lr == recipe(name).sp.optimizer.lr
+    assert config.dense.schedule.name == recipe(name).dense.schedule.name
+
+
 def test_all_are_listed() -> None:
     names = skipnet.list_recipes()
     assert names[0] == "digits"

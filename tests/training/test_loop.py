@@ -70,7 +70,7 @@ def start(config: TrainConfig) -> tuple[SkipNet, TrainLoader]:
 
 
 def assert_close(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float) -> None:
-    assert list(one) == list(other)
+    assert set(one) == set(other)
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, other[name], rtol=tolerance, atol=tolerance, msg=name)
 
@@ -311,8 +311,8 @@ class TestDivergence:
         assert all(tensor.isfinite().all() for tensor in tensors.values())
         assert not (tmp_path / "run" / f"{stage}.safetensors").exists()
         assert not (tmp_path / "run" / "results.json").exists()
-        for line in metrics(tmp_path / "run"):
-            assert all(value == value for value in line.values())
+        log = tmp_path / "run" / "metrics.jsonl"
+        assert not log.exists() or "NaN" not in log.read_text()
         with pytest.raises(UserError, match="diverged by step"):
             skipnet.train(config, resume=tmp_path / "run")
 

@@ -115,14 +115,18 @@ def test_corrupt_header(path: Path, offset: int) -> None:
     assert_refused(path, "truncated or not a safetensors file")
 
 
-EXECUTED = []
+EXECUTED: list[str] = []
+
+
+def explode(word: str) -> None:
+    EXECUTED.append(word)
 
 
 class Bomb:
     """What a pickle runs when it is read."""
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
-        return EXECUTED.append, ("boom",)
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return explode, ("boom",)
 
 
 @pytest.mark.parametrize("kind", ["pickle", "torch", "legacy torch"])
@@ -156,7 +160,7 @@ def test_a_safetensors_file_of_somebody_else(tmp_path: Path) -> None:
 def test_metadata_that_is_no_object(tmp_path: Path, metadata: str) -> None:
     path = tmp_path / "model.safetensors"
     write(path, {"weight": torch.zeros(2)}, metadata)
-    assert_refused(path, "")
+    assert_refused(path, "metadata")
 
 
 @pytest.mark.parametrize("version", [None, 0, 2, "1"])
@@ -166,13 +170,18 @@ def test_another_format_version(tmp_path: Path, network: SkipNet, version: objec
     assert_refused(path, f"format version {version}; this skipnet reads 1")
 
 
-@pytest.mark.parametrize("key", sorted(set(INFO.to_dict()) - {"format_version"}))
-@pytest.mark.parametrize("value", ["missing", None, 3])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (key, value)
+        for key in sorted(set(INFO.to_dict()) - {"format_version"})
+        for value in ("missing", None, 3)
+        if key != "results" or value == "missing"  # What results hold is free.
+    ],
+)
 def test_metadata_of_the_wrong_form(
     tmp_path: Path, network: SkipNet, key: str, value: object
 ) -> None:
-    if key == "results" and value != "missing":
-        pytest.skip("results are free in form")
     path = tmp_path / "model.safetensors"
     metadata = INFO.to_dict() | {key: value}
     if value == "missing":

@@ -37,16 +37,24 @@ class Architecture:
         Raises:
             UserError: On an unknown name or gate, with the nearest known ones.
         """
-        if self.name not in _BUILDERS:
-            raise UserError(unknown("model", self.name, _BUILDERS))
-        if self.gate is not None and self.gate not in GATES:
-            raise UserError(unknown("gate", self.gate, GATES))
+        self.demand_known()
         if self.num_classes < 1 or self.in_channels < 1:
             raise UserError(
                 f"num_classes and in_channels must be positive, not {self.num_classes} and "
                 f"{self.in_channels}"
             )
         return _BUILDERS[self.name](self.gate, self.num_classes, self.in_channels)
+
+    def demand_known(self) -> None:
+        """Check name and gate.
+
+        Raises:
+            UserError: When one is unknown, with the nearest known ones.
+        """
+        if self.name not in _BUILDERS:
+            raise UserError(unknown("model", self.name, _BUILDERS))
+        if self.gate is not None and self.gate not in GATES:
+            raise UserError(unknown("gate", self.gate, GATES))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values."""
@@ -56,7 +64,8 @@ class Architecture:
 def register(builder: Builder) -> Builder:
     """Put a function `(gate, num_classes, in_channels) -> SkipNet` into the registry."""
     name = builder.__name__
-    assert name not in _BUILDERS, f"{name} is registered twice"
+    if name in _BUILDERS and _BUILDERS[name].__module__ != builder.__module__:
+        raise UserError(f"{name} is already the name of a network: choose another")
     _BUILDERS[name] = builder
     return builder
 

@@ -4,11 +4,17 @@ Convolutions, linear layers and LSTM cells are counted, one multiply-add as one;
 normalisation, activations and pooling are not, as in the papers. Others publish 2 x MACs as FLOPs.
 """
 
+import copy
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from skipnet.errors import UserError
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class Cost(NamedTuple):
@@ -54,16 +60,31 @@ class Cost(NamedTuple):
         return (ran * gated.to(decisions.device)).sum(dim=1) + self.always
 
 
+def skeleton(module: ModuleT) -> ModuleT:
+    """Return a copy of a module without weights or hooks, to be run on shapes alone.
+
+    A copy, so that counting is safe beside other threads and shows no hook a batch that is none.
+    """
+    copied = copy.deepcopy(module).to("meta")
+    for layer in copied.modules():
+        for hooks in (layer._forward_hooks, layer._forward_pre_hooks):
+            hooks.clear()
+    return copied
+
+
 def count_macs(module: nn.Module, *inputs: Any) -> tuple[int, Any]:
-    """Run `module` on shapes alone and count its multiply-adds.
+    """Run a `skeleton` and count its multiply-adds.
 
     Args:
-        module: Any module of convolutions, linear layers, LSTM cells and layers that cost nothing.
+        module: A skeleton of convolutions, linear layers, LSTM cells and layers that cost nothing.
         *inputs: Its arguments; tensors on the meta device, at least two rows (a batch norm in
             training has no statistics of one value).
 
     Returns:
         The multiply-adds of one row, and the module's output (meta tensors).
+
+    Raises:
+        UserError: On a layer with weights whose multiply-adds we do not know.
     """
     total = 0
 
@@ -72,15 +93,10 @@ def count_macs(module: nn.Module, *inputs: Any) -> tuple[int, Any]:
         total += _layer_macs(layer, output)
 
     handles = [layer.register_forward_hook(count) for layer in _counted(module)]
-    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
-    meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-    try:
-        with torch.no_grad():
-            # Nothing is computed and no buffer of the module changes: all tensors are stand-ins.
-            output = torch.func.functional_call(module, meta, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad():
+        output = module(*inputs)
+    for handle in handles:
+        handle.remove()
     return total, output
 
 
@@ -88,10 +104,12 @@ def _counted(module: nn.Module) -> Iterable[nn.Module]:
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear | nn.LSTMCell):
             yield layer
-        elif not any(layer.children()) and next(layer.parameters(), None) is not None:
-            assert isinstance(layer, nn.BatchNorm2d | nn.GroupNorm | nn.LayerNorm), (
-                f"no rule for the multiply-adds of {type(layer).__name__}"
-            )
+        elif isinstance(layer, nn.MultiheadAttention) or (
+            not any(layer.children())
+            and next(layer.parameters(), None) is not None
+            and not isinstance(layer, _BatchNorm | nn.GroupNorm | nn.LayerNorm)
+        ):
+            raise UserError(f"no rule for the multiply-adds of {type(layer).__name__} layers")
 
 
 def _layer_macs(layer: nn.Module, output: object) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from skipnet.errors import UserError
 from skipnet.execution.compacted import compacted
 from skipnet.execution.masked import masked
-from skipnet.routing.cost import Cost, count_macs
+from skipnet.routing.cost import Cost, count_macs, skeleton
 from skipnet.routing.decisions import Decision, named_decision
 from skipnet.routing.gates import Gate, State
 from skipnet.routing.trace import Routing
@@ -120,11 +120,18 @@ class SkipNet(nn.Module):
         )
 
     def cost(self, channels: int, height: int, width: int) -> Cost:
-        """Return the multiply-adds of every part for one image of this size."""
+        """Return the multiply-adds of every part for one image of this size.
+
+        They are counted once a size: a network whose layers are replaced is to be built anew.
+        """
         size = (channels, height, width)
         if size not in self._costs:
-            self._costs[size] = self._count(torch.empty(2, *size, device="meta"))
+            shape = torch.empty(2, *size, device="meta", dtype=self._dtype())
+            self._costs[size] = skeleton(self)._count(shape)
         return self._costs[size]
+
+    def _dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
 
     def _count(self, images: Tensor) -> Cost:
         stem, features = count_macs(self.stem, images)

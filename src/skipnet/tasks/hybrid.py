@@ -9,7 +9,7 @@ The terms are pure functions; `Hybrid` puts them together for the loop.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.distributed
@@ -24,6 +24,9 @@ from skipnet.tasks.task import Metrics
 
 BaselineName = Literal["none", "batch-mean", "greedy", "leave-one-out"]
 CostName = Literal["uniform", "macs"]
+
+AVERAGE_MOMENTUM = 0.98
+"""Of the moving average of the computation that drives alpha, a step."""
 
 
 def block_costs(cost: Cost, kind: CostName) -> Tensor:
@@ -112,7 +115,7 @@ class Budget:
     ramp_steps: int
     rate: float
     damping: float
-    momentum: float = 0.98
+    momentum: float = AVERAGE_MOMENTUM
     integral: float = 0.0
     average: float = -1.0
     start: float = -1.0
@@ -138,9 +141,11 @@ class Hybrid:
         alpha: Weight of skipping; with a budget, its value at the beginning.
         beta: Weight of the prediction loss in the reward; None takes alpha / N (ImageNet).
         policy_weight: Factor on the REINFORCE term; 1 in the equations, 0.01 in the released code.
-        baseline: Reduces the variance, and leaves the estimator unbiased: "none"; "batch-mean" over
-            the other images of the batch; "greedy", the return of the image's argmax decisions
-            (self-critical, one forward more); "leave-one-out" over the image's other samples.
+        baseline: Reduces the variance, and leaves the estimator unbiased as far as rows do not mix
+            (batch norms in training let one row's decisions touch another's loss): "none";
+            "batch-mean" over the other images of the batch; "greedy", the return of the image's
+            argmax decisions (self-critical, one forward more); "leave-one-out" over the image's
+            other samples.
         samples: Decision vectors sampled an image; "leave-one-out" needs at least 2.
         entropy_bonus: Weight of the decisions' entropy, in nats.
         costs: C_i, see `block_costs`.
@@ -163,6 +168,11 @@ class Hybrid:
         budget: Budget | None = None,
         seed: int = 0,
     ) -> None:
+        if baseline not in get_args(BaselineName) or costs not in get_args(CostName):
+            raise UserError(
+                f"baseline is one of {', '.join(get_args(BaselineName))}, costs one of "
+                f"{', '.join(get_args(CostName))}, not {baseline!r} and {costs!r}"
+            )
         if baseline == "leave-one-out" and samples < 2:
             raise UserError("the leave-one-out baseline needs at least 2 samples an image")
         self.alpha = alpha

@@ -1,8 +1,9 @@
 """Configuration of a training run: keyword-only dataclasses, validated, which become the flags."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from skipnet.data.sources import DataConfig
 from skipnet.errors import UserError
@@ -33,6 +34,7 @@ class OptimizerConfig:
     """Largest norm of the gradient; a longer one is scaled down."""
 
     def __post_init__(self) -> None:
+        _choices(self)
         _positive(self, "lr")
         if self.gate_lr is not None:
             _positive(self, "gate_lr")
@@ -65,6 +67,7 @@ class ScheduleConfig:
     """… which is this share of the learning rate."""
 
     def __post_init__(self) -> None:
+        _choices(self)
         if not all(0 < milestone < 1 for milestone in self.milestones):
             raise UserError(f"milestones are shares between 0 and 1, not {self.milestones}")
         if not 0 < self.peak < 1:
@@ -93,6 +96,9 @@ class StageConfig:
     """Decay of a moving average of the weights, which is evaluated and saved in their place."""
 
     def __post_init__(self) -> None:
+        # Of its own: a recipe gives several stages the same, and one may be changed afterwards.
+        self.optimizer = dataclasses.replace(self.optimizer)
+        self.schedule = dataclasses.replace(self.schedule)
         if (self.epochs is None) == (self.iterations is None):
             raise UserError(
                 "give a stage's length in epochs or in iterations, and set the other to None"
@@ -121,7 +127,7 @@ class StageConfig:
 
 @dataclass(kw_only=True)
 class HybridConfig(StageConfig):
-    """The HRL stage; defaults are the paper's equations. See `tasks.hybrid.Hybrid`."""
+    """The HRL stage: the paper's equations, with a baseline. See `tasks.hybrid.Hybrid`."""
 
     alpha: float = 0.1
     """Weight of skipping (the paper's alpha); its starting value if target_compute is given."""
@@ -152,7 +158,8 @@ class HybridConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.alpha < 0:
+        _choices(self)
+        if not 0 <= self.alpha < math.inf:
             raise UserError(f"alpha must be at least 0, not {self.alpha}")
         if self.target_compute is not None and not 0 < self.target_compute <= 1:
             raise UserError(f"target_compute must lie in (0, 1], not {self.target_compute}")
@@ -173,6 +180,9 @@ class ModelConfig:
     """Name in the registry; see skipnet list models."""
     gate: GateName = "rnn"
     """Kind of gate of the sp and hrl stages."""
+
+    def __post_init__(self) -> None:
+        _choices(self)
 
 
 @dataclass(kw_only=True)
@@ -206,6 +216,7 @@ class TrainConfig:
     """Write TensorBoard events too, if it is installed."""
 
     def __post_init__(self) -> None:
+        _choices(self)
         if not self.stages:
             raise UserError("no stages to run: give at least one of dense, sp, hrl")
         if list(self.stages) != [name for name in ("dense", "sp", "hrl") if name in self.stages]:
@@ -267,6 +278,15 @@ def differences(one: Any, other: Any, prefix: str = "") -> list[str]:
         elif a != b:
             names.append(name)
     return names
+
+
+def _choices(config: Any) -> None:
+    """Check the fields that are one of several names: the flags are, a program's may not be."""
+    for name, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal and getattr(config, name) not in get_args(hint):
+            raise UserError(
+                f"{name} is {getattr(config, name)!r}: use one of {', '.join(get_args(hint))}"
+            )
 
 
 def _positive(config: Any, name: str) -> None:

@@ -100,11 +100,10 @@ def fit(
     if config.channels_last:
         network.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(network, stage.optimizer)
-    average = None
-    if stage.ema_decay is not None:
-        average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(stage.ema_decay))
-        average.to(fabric.device)
     model, fabric_optimizer = fabric.setup(network, optimizer)
+    average = None
+    if stage.ema_decay is not None:  # After the set-up, which makes all ranks' weights the same.
+        average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(stage.ema_decay))
 
     first, before = 0, 0.0
     # Metrics since the last log line; in float64, which JSON keeps to the last bit.
@@ -247,9 +246,13 @@ def build_optimizer(network: SkipNet, config: OptimizerConfig) -> torch.optim.Op
 def _optimizer_state(
     optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> dict[str, Any]:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
+        parameter = parameters[int(index)]
+        if value.shape == parameter.shape:  # The file holds it contiguous, the run channels_last.
+            value = torch.empty_like(parameter).copy_(value)
         state.setdefault(int(index), {})[name] = value
     return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
 

@@ -9,12 +9,15 @@ dense.safetensors, sp.safetensors, hrl.safetensors   model of every finished sta
 model.safetensors     model of the last finished stage
 """
 
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +51,11 @@ class RunDirectory:
             UserError: When a run is already there, or the directory cannot be made.
         """
         if path is None:
-            path = Path("runs") / f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-        if (path / "config.json").exists():
-            raise UserError(
-                f"{path} already holds a run: continue it with --resume {path}, or name another "
-                "directory with --output"
-            )
+            name = f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+            path = Path("runs") / name
+            while path.exists():  # Begun in the same second.
+                path = path.with_name(f"{name}-{os.urandom(2).hex()}")
+        RunDirectory.demand_new(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -62,6 +64,19 @@ class RunDirectory:
         run._write_json("config.json", to_dict(config))
         run._write_json("environment.json", environment())
         return run
+
+    @staticmethod
+    def demand_new(path: Path) -> None:
+        """Check that a directory holds no run yet.
+
+        Raises:
+            UserError: When it does.
+        """
+        if (path / "config.json").exists():
+            raise UserError(
+                f"{path} already holds a run: continue it with --resume {path}, or name another "
+                "directory with --output"
+            )
 
     @staticmethod
     def open(path: Path) -> tuple["RunDirectory", TrainConfig]:
@@ -113,6 +128,22 @@ class RunDirectory:
     def save_checkpoint(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Write the training state atomically; the previous one survives a failure."""
         write_tensors(self._checkpoint, tensors, state)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training here; the lock goes with the process, however it ends.
+
+        Raises:
+            UserError: When another process trains here.
+        """
+        with open(self.path / "config.json", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another process is training in {self.path}: wait for it, or stop it first"
+                ) from None
+            yield
 
     def sweep(self) -> None:
         """Remove what a run that was killed had begun to write."""

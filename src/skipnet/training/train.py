@@ -1,6 +1,7 @@
 """A whole run: data, then each stage in order, then one table."""
 
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,11 @@ from skipnet.errors import UserError
 from skipnet.models.registry import Architecture
 from skipnet.models.weights import ModelInfo, load_weights, read_tensors, save
 from skipnet.models.weights import load as load_model
+from skipnet.routing.cost import Cost
 from skipnet.routing.decisions import Decision, Sample
 from skipnet.routing.network import SkipNet
 from skipnet.seeding import EVALUATION, RANK, WEIGHTS, sub_seed
-from skipnet.tasks.hybrid import Budget, Hybrid
+from skipnet.tasks.hybrid import AVERAGE_MOMENTUM, Budget, Hybrid
 from skipnet.tasks.supervised import Supervised
 from skipnet.tasks.task import Task
 from skipnet.training.config import HybridConfig, StageConfig, StageName, TrainConfig
@@ -56,6 +58,12 @@ def train(
     """
     if resume is not None and output is not None:
         raise UserError("give --resume (an existing run) or --output (a new one), not both")
+    # What can be told before a large data set is read.
+    if output is not None:
+        RunDirectory.demand_new(output)
+    if resume is not None:
+        RunDirectory.open(resume)[0].demand_same(config)
+    Architecture(name=config.model.name, gate=config.model.gate).demand_known()
     fabric = _fabric(config)
     console = console or Console(highlight=False)
     progress = Progress(console, enabled=fabric.is_global_zero)
@@ -75,13 +83,17 @@ def train(
         image_size=(training_set.images.shape[2], training_set.images.shape[3]),
     )
     training_set, test_set = training_set.to(fabric.device), test_set.to(fabric.device)
-    # An unknown network, or a batch that is too large, is told before a directory is made.
-    info.architecture.build()
+    # A target out of reach, or a batch that is too large, is told before a directory is made.
+    if "hrl" in config.stages:
+        channels, network = info.architecture.in_channels, info.architecture.build()
+        _demand_reachable(config.hrl, network.cost(channels, *info.image_size))
     loaders = {name: _loader(fabric, config, name, info, training_set) for name in config.stages}
     run = _run_directory(fabric, config, output, resume)
     if config.tensorboard and fabric.is_global_zero:
         run.open_tensorboard()
-    with StopRequest() as stop:
+    with run.locked() if fabric.is_global_zero else nullcontext(), StopRequest() as stop:
+        if fabric.is_global_zero:
+            run.sweep()
         try:
             for name, loader in loaders.items():
                 if not run.finished(name):
@@ -207,6 +219,15 @@ def _loader(
     return loader
 
 
+def _demand_reachable(stage: HybridConfig, cost: Cost) -> None:
+    least = cost.always / cost.dense
+    if stage.target_compute is not None and stage.target_compute < least:
+        raise UserError(
+            f"target_compute {stage.target_compute} is out of reach: with every gate closed this "
+            f"network still takes {least:.3f} of the dense computation"
+        )
+
+
 def _sharpen(network: SkipNet, images: Tensor, magnitude: float) -> None:
     """Scale the logits of all gates by one factor, up to a mean magnitude on some images."""
     assert network.gate is not None
@@ -227,8 +248,10 @@ def _task(config: TrainConfig, stage: StageConfig, total: int, rank: int) -> Tas
         budget = Budget(
             target=stage.target_compute,
             ramp_steps=round(stage.target_ramp * total * stage.accumulate),
-            rate=stage.alpha_rate,
+            # The budget is told of every micro-batch; its gain and average are meant a step.
+            rate=stage.alpha_rate / stage.accumulate,
             damping=stage.alpha_damping,
+            momentum=AVERAGE_MOMENTUM ** (1 / stage.accumulate),
             integral=stage.alpha,
         )
     return Hybrid(
@@ -249,11 +272,7 @@ def _run_directory(
     fabric: "Fabric", config: TrainConfig, output: Path | None, resume: Path | None
 ) -> RunDirectory:
     if resume is not None:
-        run, _ = RunDirectory.open(resume)
-        run.demand_same(config)
-        if fabric.is_global_zero:
-            run.sweep()
-        return run
+        return RunDirectory.open(resume)[0]
     path = RunDirectory.create(config, output).path if fabric.is_global_zero else None
     path = fabric.broadcast(path)
     assert path is not None
@@ -306,5 +325,5 @@ def _fabric(config: TrainConfig) -> "Fabric":
     return fabric
 
 
-# Every stage draws its own weights and order; HRL is often run again from the same SP.
+# Every stage draws its own weights and order, whichever stages run before it.
 _STAGE_SEEDS: dict[StageName, int] = {"dense": 0, "sp": 1, "hrl": 2}
