@@ -1,6 +1,6 @@
 """Images a second of the training loader at CIFAR's size: crop, flip and normalise, on the CPU.
 
-    python benchmarks/loader.py --out benchmarks/loader_<hardware>_<date>.json
+python benchmarks/loader.py --out benchmarks/loader_<hardware>_<date>.json
 """
 
 import json

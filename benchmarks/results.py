@@ -53,12 +53,13 @@ def table(path: Path) -> str:
     results = json.loads(path.read_text(encoding="utf-8"))
     runs = results["runs"]
     lines = [
-        "| network | accuracy | sampled gates | MACs | of dense | blocks run | training |",
-        "|---|---|---|---|---|---|---|",
+        "| network | accuracy | sampled | MACs | of dense | blocks run | images/s | training |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for stage in results["config"]["stages"]:
         evaluations = [run["results"][stage]["evaluation"] for run in runs]
         sampled = [run["results"][stage]["sampled"] for run in runs if stage != "dense"]
+        rate = statistics.mean(run["results"][stage]["images_per_s"] for run in runs)
         minutes = statistics.mean(run["results"][stage]["seconds"] for run in runs) / 60
         cells = [
             STAGES[stage],
@@ -67,7 +68,8 @@ def table(path: Path) -> str:
             f"{statistics.mean(e['macs'] for e in evaluations) / 1e6:.1f}M",
             _spread([100 * e["macs_fraction"] for e in evaluations], 1) + " %",
             _spread([100 * e["blocks_fraction"] for e in evaluations], 1) + " %",
-            f"{minutes:.0f} min",
+            f"{rate:,.0f}",
+            f"{minutes:.0f} min" if minutes >= 10 else f"{60 * minutes:.0f} s",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     environment = runs[0]["environment"]
