@@ -365,7 +365,7 @@ class Rank:
 
 
 # The server does not see pytest's import path, and so not this module itself.
-PRELOAD = ["skipnet.cli", "lightning_fabric", "datasets", "sklearn.datasets", "pytest"]
+PRELOAD = ["skipnet.cli", "lightning_fabric", "datasets", "sklearn.model_selection", "pytest"]
 
 
 def free_port() -> int:
@@ -404,7 +404,7 @@ class Command:
         )
         self.process.start()
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = 240) -> int:
         """Wait for the end and return the exit code; minus the number if a signal killed it."""
         self.process.join(seconds)
         if self.process.exitcode is None:

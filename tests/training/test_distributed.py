@@ -109,10 +109,13 @@ class Uneven:
 
 
 @pytest.mark.parametrize(
-    ("baseline", "samples", "accumulate"),
-    [("batch-mean", 1, 1), ("greedy", 1, 2), ("leave-one-out", 2, 1)],
+    ("model", "baseline", "samples", "accumulate"),
+    [
+        ("tiny_plain", "batch-mean", 1, 1),
+        ("tiny_resnet", "greedy", 1, 2),
+        ("tiny_resnet", "leave-one-out", 2, 1),
+    ],
 )
-@pytest.mark.parametrize("model", ["tiny_plain", "tiny_resnet"])
 def test_blocks_that_one_process_does_not_run(
     tmp_path: Path, model: str, baseline: Any, samples: int, accumulate: int
 ) -> None:
@@ -152,17 +155,14 @@ def test_processes_whose_clocks_differ(tmp_path: Path) -> None:
     assert_same_weights(tmp_path / "run/sp.safetensors", tmp_path / "other/run/sp.safetensors")
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_one_process_is_asked_to_stop(tmp_path: Path, rank: int) -> None:
+def test_one_process_is_asked_to_stop(tmp_path: Path) -> None:
     """All stop at the same step; resumed, they end as if they had not."""
     config = tiny_config(stages=("sp", "hrl"))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(config, whole)
     # The terminal and torchrun both send the signal: the second one must not stop at once.
     trap = Trap(BATCH, 9, (signal.SIGINT, signal.SIGINT))
-    before: list[list[Preparation]] = [[], []]
-    before[rank] = [trap]
-    for command in train(config, parts, before=before, expected=130):
+    for command in train(config, parts, before=[[], [trap]], expected=130):
         assert "stopped in stage hrl at step 2 of 6; continue with" in command.stderr
     train(config, parts, "train", "--resume", parts / "run")
     for stage in ("sp", "hrl"):

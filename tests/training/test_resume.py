@@ -46,7 +46,7 @@ def resume(folder: Path) -> Path:
     return folder / RUN
 
 
-@pytest.mark.parametrize("call", [1, 2, 6, 7, 9, 12, 13, 14, 17, 19])
+@pytest.mark.parametrize("call", [1, 5, 9, 14, 18])
 def test_killed_at_a_step(uninterrupted: Path, tmp_path: Path, call: int) -> None:
     killed = Command(train(tmp_path), tmp_path, before=[Trap(BATCH, call)])
     assert killed.wait() == -signal.SIGKILL
@@ -59,16 +59,11 @@ def test_killed_at_a_step(uninterrupted: Path, tmp_path: Path, call: int) -> Non
         # Files are replaced in this order: config, environment; 5 checkpoints, dense.safetensors,
         # model.safetensors, results.json; metrics.jsonl as SP begins, and so on.
         ("os:replace", 3),  # the first checkpoint is written, not yet in its place
-        ("os:replace", 4),
         ("os:replace", 8),  # dense.safetensors
         ("os:replace", 9),  # model.safetensors
         ("os:replace", 10),  # results.json
-        ("pathlib:Path.unlink", 10),  # the checkpoint of a finished stage
-        ("os:replace", 11),  # metrics.jsonl, as SP begins
-        ("os:replace", 18),
-        ("os:replace", 25),
-        ("os:replace", 26),
-        ("skipnet.training.run:RunDirectory.log", 2),
+        ("pathlib:Path.unlink", 11),  # the checkpoint of a finished stage
+        ("os:replace", 26),  # HRL's first checkpoint
         ("skipnet.training.run:RunDirectory.log", 5),
         ("skipnet.training.train:_measure_throughput", 1),  # all stages are finished
     ],
@@ -85,7 +80,7 @@ def test_killed_again_and_again(uninterrupted: Path, tmp_path: Path) -> None:
     killed = Command(train(tmp_path), tmp_path, before=[Trap(BATCH, 4)])
     assert killed.wait() == -signal.SIGKILL
     again = ("train", "--resume", tmp_path / RUN)
-    for calls in (1, 2, 5, 4):
+    for calls in (1, 2, 5):
         killed = Command(again, tmp_path, before=[Trap(BATCH, calls)])
         assert killed.wait() == -signal.SIGKILL
     assert_same_run(resume(tmp_path), uninterrupted)
@@ -100,8 +95,14 @@ def test_killed_with_rare_checkpoints(uninterrupted: Path, tmp_path: Path) -> No
     assert_same_run(resume(tmp_path), uninterrupted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(("call", "stage", "step"), [(3, "dense", 3), (8, "sp", 2), (16, "hrl", 3)])
+@pytest.mark.parametrize(
+    ("number", "call", "stage", "step"),
+    [
+        (signal.SIGINT, 3, "dense", 3),
+        (signal.SIGTERM, 8, "sp", 2),
+        (signal.SIGINT, 16, "hrl", 3),
+    ],
+)
 def test_asked_to_stop(
     uninterrupted: Path, tmp_path: Path, number: int, call: int, stage: str, step: int
 ) -> None:

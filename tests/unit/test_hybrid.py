@@ -393,13 +393,9 @@ def test_leave_one_out_needs_another_sample(samples: int) -> None:
         Hybrid(baseline="leave-one-out", samples=samples)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"baseline": "batch_mean"}, {"costs": "flops"}, {"samples": 0}, {"alpha": -1.0}],
-    ids=str,
-)
-def test_mistaken_options_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(UserError):
+@pytest.mark.parametrize("options", [{"baseline": "batch_mean"}, {"costs": "flops"}], ids=str)
+def test_unknown_names_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="one of"):
         Hybrid(**options)
 
 
