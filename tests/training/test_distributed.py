@@ -55,6 +55,12 @@ def train(
     return commands
 
 
+def assert_same_numbers(one: Path, other: Path, tolerance: float) -> None:
+    for a, b in zip(metrics(one), metrics(other), strict=True):
+        assert a.pop("stage") == b.pop("stage")
+        assert a == pytest.approx(b, rel=tolerance)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_same_curve_as_one_process(tmp_path: Path, accumulate: int) -> None:
     """Without batch norm, which sees only the images of its own process."""
@@ -65,8 +71,7 @@ def test_same_curve_as_one_process(tmp_path: Path, accumulate: int) -> None:
     run_command("train", "digits", *flags(config), "--output", one, folder=tmp_path / "one")
     train(config, tmp_path / "two")
     two = tmp_path / "two" / "run"
-    for alone, shared in zip(metrics(one), metrics(two), strict=True):
-        assert shared == pytest.approx(alone, rel=1e-4)
+    assert_same_numbers(two, one, 1e-4)
     for stage in ("dense", "sp"):
         alone_weights = weights(one / f"{stage}.safetensors")
         for name, tensor in weights(two / f"{stage}.safetensors").items():
@@ -123,7 +128,7 @@ def test_blocks_that_one_process_does_not_run(
     config = tiny_config(stages=("hrl",), log_every=1)
     config.model.name = model
     config.hrl = replace(
-        config.hrl, baseline=baseline, samples=samples, accumulate=accumulate, target_compute=0.3
+        config.hrl, baseline=baseline, samples=samples, accumulate=accumulate, target_compute=0.5
     )
     train(config, tmp_path, before=[[Uneven(tmp_path)], [Uneven(tmp_path)]])
     alphas = [(tmp_path / f"alpha{rank}").read_text().split() for rank in (0, 1)]
@@ -168,8 +173,7 @@ def test_one_process_is_asked_to_stop(tmp_path: Path) -> None:
     for stage in ("sp", "hrl"):
         name = f"run/{stage}.safetensors"
         assert_same_weights(whole / name, parts / name)
-    for one, other in zip(metrics(whole / "run"), metrics(parts / "run"), strict=True):
-        assert other == pytest.approx(one, rel=1e-9)
+    assert_same_numbers(parts / "run", whole / "run", 1e-9)
 
 
 def test_divergence_ends_all_processes(tmp_path: Path) -> None:

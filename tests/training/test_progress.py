@@ -33,7 +33,7 @@ def test_only_results_where_stdout_is_no_terminal(tmp_path: Path) -> None:
     for line, pattern in zip(lines, expected, strict=False):
         assert re.fullmatch(pattern, line)
     assert lines[len(expected)].strip() == "digits: tiny_resnet, gate rnn"
-    assert len(lines) == len(expected) + 9
+    assert len(lines) == len(expected) + 10
     assert "\x1b" not in "".join(lines)
 
 
