@@ -321,8 +321,8 @@ def test_channels_last_gradients_stay_channels_last() -> None:
     features.requires_grad_()
     gathered = _Gather.apply(features, torch.tensor([0, 3]))
     assert gathered.is_contiguous(memory_format=torch.channels_last)
-    gathered.backward(torch.ones_like(gathered))
-    assert features.grad.is_contiguous(memory_format=torch.channels_last)
+    (gradient,) = torch.autograd.grad(gathered, features, torch.ones_like(gathered))
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("execute", EXECUTORS)
