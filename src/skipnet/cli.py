@@ -56,7 +56,7 @@ def train(
 
 
 def evaluate(
-    model: tyro.conf.Positional[Path],
+    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")],
     *,
     data: str | None = None,
     stage: StageName | None = None,
@@ -129,7 +129,7 @@ def evaluate(
 
 
 def info(
-    model: tyro.conf.Positional[str],
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")],
     *,
     stage: StageName | None = None,
     gate: GateName | None = None,
