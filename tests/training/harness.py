@@ -429,6 +429,8 @@ def _command(words: list[str], folder: Path, name: str, before: Sequence[Prepara
         file = os.open(folder / f"{name}{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, getattr(sys, stream).fileno())
     os.chdir(folder)
+    # A shell that runs the tests in the background has SIGINT ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     register_tiny_networks()
     train_module.throughput = functools.partial(train_module.throughput, seconds=0)

@@ -4,6 +4,7 @@ import os
 import pty
 import re
 import signal
+import termios
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def on_terminal(
 ) -> tuple[Command, str]:
     """Run a command on a terminal and return what was drawn there."""
     controller, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 120))
     command = Command(words, folder, before=[Terminal(os.ttyname(terminal)), *before])
     drawn = b""
     # This end of the terminal stays open until the process has opened its own.

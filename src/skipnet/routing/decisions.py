@@ -93,9 +93,14 @@ class Fixed:
             raise UserError("a fixed mask holds only 0 and 1")
         self.mask = mask
 
+    def demand_gates(self, num_gates: int) -> None:
+        """Check that the mask is of a network with as many gates."""
+        if self.mask.shape[-1] != num_gates:
+            raise UserError(
+                f"the fixed mask has {self.mask.shape[-1]} gates, the network has {num_gates}"
+            )
+
     def __call__(self, logit: Tensor, index: int, training: bool) -> Tensor:
-        if index >= self.mask.shape[-1]:
-            raise UserError(f"the fixed mask has {self.mask.shape[-1]} gates, the network has more")
         if self.mask.ndim == 2 and self.mask.shape[0] != logit.shape[0]:
             raise UserError(
                 f"the fixed mask has {self.mask.shape[0]} rows, the batch has {logit.shape[0]}"
@@ -124,6 +129,11 @@ class Random:
             raise UserError(f"keep rates must lie in [0, 1], not {keep}")
         self.keep = keep
         self.generator = generator
+
+    def demand_gates(self, num_gates: int) -> None:
+        """Check that the rates are of a network with as many gates."""
+        if isinstance(self.keep, tuple) and len(self.keep) != num_gates:
+            raise UserError(f"{len(self.keep)} keep rates for a network of {num_gates} gates")
 
     def __call__(self, logit: Tensor, index: int, training: bool) -> Tensor:
         rate = self.keep[index] if isinstance(self.keep, tuple) else self.keep

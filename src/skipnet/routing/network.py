@@ -10,7 +10,7 @@ from skipnet.errors import UserError
 from skipnet.execution.compacted import compacted
 from skipnet.execution.masked import masked
 from skipnet.routing.cost import Cost, count_macs, skeleton
-from skipnet.routing.decisions import Decision, named_decision
+from skipnet.routing.decisions import Decision, Fixed, Random, named_decision
 from skipnet.routing.gates import Gate, State
 from skipnet.routing.trace import Routing
 
@@ -96,6 +96,8 @@ class SkipNet(nn.Module):
                 f"compacted execution leaves rows out, which {type(decision).__name__} decisions "
                 "in training do not allow (g is soft or carries a gradient): use execute='masked'"
             )
+        if self.gate is not None and isinstance(decision, Fixed | Random):
+            decision.demand_gates(self.num_gates)
         run = EXECUTORS[execute]
         state: State = None
         logits: list[Tensor] = []

@@ -241,10 +241,12 @@ class Hybrid:
             by_sample = returns.view(self.samples, -1, returns.shape[1])
             return others_mean(by_sample).view_as(returns)
         # Running statistics, as at inference, and no trace of this pass in them.
+        modes = [(layer, layer.training) for layer in model.modules()]
         model.eval()
         with torch.no_grad():
             logits, routing = model(images, decide="threshold", execute="compacted")
-        model.train()
+        for layer, training in modes:  # One by one: some may be frozen in evaluation.
+            layer.training = training
         rewards = skip_rewards(routing.decisions, costs)
         return gate_returns(self._losses(logits, labels), rewards, self.alpha, beta)
 

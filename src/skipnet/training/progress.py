@@ -58,7 +58,7 @@ class Progress:
         ]
         if "keep_rate" in means:
             parts.append(f"keep {100 * means['keep_rate']:.1f} %")
-        self._live.update(Text("  ".join(parts), no_wrap=True), refresh=True)
+        self._live.update(Text("  ".join(parts)), refresh=True)
 
     def evaluated(self, step: int, total: int, result: Evaluation) -> None:
         """Print the result of an evaluation after a step."""
