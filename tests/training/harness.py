@@ -223,6 +223,19 @@ def metrics(run: Path, *, timings: bool = False) -> list[dict[str, Any]]:
     return lines
 
 
+def assert_no_pickle(run: Path) -> None:
+    """Every file of a run is read by something that cannot run code."""
+    for path in run.rglob("*"):
+        if path.suffix == ".safetensors":
+            assert weights(path)
+        elif path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".jsonl":
+            assert [json.loads(line) for line in path.read_text().splitlines()]
+        elif path.is_file():
+            assert path.parent.name == "tensorboard" and path.name.startswith("events."), path
+
+
 def weights(file: Path) -> dict[str, Tensor]:
     return safetensors.torch.load_file(file)
 
