@@ -340,7 +340,7 @@ class Terminal:
 
     def set(self) -> None:
         os.dup2(os.open(self.name, os.O_RDWR | os.O_NOCTTY), sys.stdout.fileno())
-        os.environ["TERM"] = "xterm"
+        os.environ |= {"TERM": "xterm", "COLUMNS": "120"}
         importlib.import_module("skipnet.training.progress").REFRESH_SECONDS = 0
 
 

@@ -65,7 +65,8 @@ def skeleton(module: ModuleT) -> ModuleT:
 
     A copy, so that counting is safe beside other threads and shows no hook a batch that is none.
     """
-    copied = copy.deepcopy(module).to("meta")
+    # In evaluation, for a batch norm in training is a dozen operations on shapes alone, too.
+    copied = copy.deepcopy(module).to("meta").eval()
     for layer in copied.modules():
         for hooks in (layer._forward_hooks, layer._forward_pre_hooks):
             hooks.clear()

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from skipnet.errors import UserError
+
 GateName = Literal["rnn", "ff1", "ff2"]
 
 # What a gate carries from one block to the next: nothing, or an LSTM's (hidden, cell).
@@ -171,5 +173,5 @@ GATES: dict[str, type[Gate]] = {"rnn": RNNGate, "ff1": FFGateI, "ff2": FFGateII}
 
 def _logit(probability: float) -> float:
     if not 0 < probability < 1:
-        raise ValueError(f"initial_keep must lie between 0 and 1, not {probability}")
+        raise UserError(f"initial_keep must lie between 0 and 1, not {probability}")
     return math.log(probability / (1 - probability))
