@@ -173,10 +173,10 @@ class Hybrid:
                 f"baseline is one of {', '.join(get_args(BaselineName))}, costs one of "
                 f"{', '.join(get_args(CostName))}, not {baseline!r} and {costs!r}"
             )
-        if samples < 1 or alpha < 0:
-            raise UserError(f"samples is at least 1, alpha at least 0, not {samples} and {alpha}")
         if baseline == "leave-one-out" and samples < 2:
             raise UserError("the leave-one-out baseline needs at least 2 samples an image")
+        if samples < 1 or alpha < 0:
+            raise UserError(f"samples is at least 1, alpha at least 0, not {samples} and {alpha}")
         self.alpha = alpha
         self.beta = beta
         self.policy_weight = policy_weight
