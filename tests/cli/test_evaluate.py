@@ -113,6 +113,18 @@ def run_command_with_warning(words: list[Any], folder: Path) -> Any:
     return command
 
 
+def test_loss_that_is_not_finite_is_null(
+    digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """JSON has no word for it."""
+    network, info = skipnet.load(digits_run / "dense.safetensors")
+    with torch.no_grad():
+        network.head[-1].bias.fill_(float("nan"))  # type: ignore[index]
+    skipnet.save(network, tmp_path / "model.safetensors", info)
+    shown = evaluate(capsys, tmp_path / "model.safetensors", "--data", "digits")
+    assert shown["loss"] is None and shown["num_images"] == 360
+
+
 def test_last_line_is_all_of_stdout_for_a_script(digits_run: Path, tmp_path: Path) -> None:
     command = run_command("evaluate", digits_run, folder=tmp_path)
     (line,) = command.stdout.splitlines()

@@ -1,11 +1,13 @@
 """Every mistake of a user ends in one line that says what to do, and a non-zero exit code."""
 
 import errno
+import io
 import json
 import os
 import pickle
 import re
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -368,6 +370,10 @@ class TestModelFiles:
         write_tensors(tmp_path / "checkpoint.safetensors", {}, {"stage": "sp", "step": 3})
         assert "has format version None" in fail(tmp_path / "checkpoint.safetensors")
 
+    def test_folder_instead_of_a_file(self, digits_run: Path) -> None:
+        with pytest.raises(skipnet.UserError, match=r"is a folder: .*run/model\.safetensors$"):
+            skipnet.load(digits_run)
+
     def test_missing(self, fail: Mistake, tmp_path: Path) -> None:
         assert "there is no run directory or model file" in fail(tmp_path / "no.safetensors")
 
@@ -490,6 +496,13 @@ def test_reader_that_leaves(tmp_path: Path) -> None:
     command = Command(["list"], tmp_path, before=[failure])
     assert command.wait() == 141
     assert command.stderr == ""
+
+
+def test_terminal_without_unicode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert cli.main([]) == 0
+    assert stdout.buffer.getvalue().startswith(b"usage: skipnet COMMAND ?")  # type: ignore[attr-defined]
 
 
 def test_defect_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from harness import (
     Failure,
     FileSizeLimit,
     Trap,
+    assert_no_pickle,
     assert_same_weights,
     flags,
     metrics,
@@ -60,11 +60,19 @@ def test_what_a_run_leaves(digits_run: Path) -> None:
     assert_same_weights(digits_run / "model.safetensors", digits_run / "hrl.safetensors")
 
 
-def test_nothing_is_pickled_and_all_is_readable(digits_run: Path) -> None:
-    for path in digits_run.rglob("*"):
-        start = path.read_bytes()[:4]
-        assert not start.startswith((b"\x80", b"PK")), path  # a pickle, an archive of torch.save
-        assert stat.S_IMODE(path.stat().st_mode) & stat.S_IRUSR
+def test_nothing_is_pickled(digits_run: Path) -> None:
+    assert_no_pickle(digits_run)
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    """The second one is told, and the lock goes with the first."""
+    path = RunDirectory.create(tiny_config(), tmp_path / "run").path
+    told = pytest.raises(UserError, match="another process is training in")
+    with RunDirectory(path).locked(), told:
+        skipnet.train(tiny_config(), resume=path)
+    skipnet.train(tiny_config(), resume=str(path))
+    with RunDirectory(path).locked():
+        pass
 
 
 def test_environment_of_a_package_outside_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Evaluation: accuracy and computation on a test set, and throughput on this machine."""
 
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -38,8 +39,8 @@ class Evaluation:
     num_images: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values."""
-        return asdict(self)
+        """Return the fields as plain values; None for a loss that is not finite, as in JSON."""
+        return asdict(self) | {"loss": self.loss if math.isfinite(self.loss) else None}
 
 
 def evaluate(

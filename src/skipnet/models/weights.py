@@ -157,6 +157,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         UserError: When there is no such file, or it is not one of ours, or truncated.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name the model file, {path / 'model.safetensors'}")
     if not path.is_file():
         raise UserError(f"there is no model file {path}")
     try:

@@ -37,8 +37,8 @@ if TYPE_CHECKING:  # Fabric takes as long to import as torch does; only training
 def train(
     config: TrainConfig,
     *,
-    output: Path | None = None,
-    resume: Path | None = None,
+    output: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
     console: Console | None = None,
 ) -> RunDirectory:
     """Run the stages of a configuration in order and leave one run directory.
@@ -58,6 +58,8 @@ def train(
     """
     if resume is not None and output is not None:
         raise UserError("give --resume (an existing run) or --output (a new one), not both")
+    output = None if output is None else Path(output)
+    resume = None if resume is None else Path(resume)
     # What can be told before a large data set is read.
     if output is not None:
         RunDirectory.demand_new(output)
