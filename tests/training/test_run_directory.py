@@ -26,7 +26,8 @@ from harness import (
 
 import skipnet
 from skipnet import UserError
-from skipnet.models.weights import read_tensors, write_atomically, write_tensors
+from skipnet.files import write_atomically
+from skipnet.models.weights import read_tensors, write_tensors
 from skipnet.training import run as run_module
 from skipnet.training.run import RunDirectory, environment
 

@@ -128,13 +128,6 @@ def test_soft_weights_run_a_block_unless_they_are_0() -> None:
     assert routing.macs.tolist() == [141, 171]
 
 
-def test_concat_joins_rows_in_order() -> None:
-    parts = [routing_of([[0, 1]]), routing_of([[1, 0], [1, 1]])]
-    joined = Routing.concat(parts)
-    assert joined.decisions.tolist() == [[0, 1], [1, 0], [1, 1]]
-    assert joined.logits.shape == (3, 2) and joined.cost == COST
-
-
 def test_cost_leaves_the_network_as_it_was() -> None:
     network = skipnet.create("cifar_resnet20", gate="ff1").train()
     before = copy.deepcopy(network.state_dict())

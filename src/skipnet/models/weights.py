@@ -1,6 +1,5 @@
 """Model files: weights and metadata in one safetensors file, without pickle."""
 
-import contextlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import safetensors.torch
 from torch import Tensor
 
 from skipnet.errors import UserError
+from skipnet.files import write_atomically
 from skipnet.models.registry import Architecture
 from skipnet.routing.network import SkipNet
 
@@ -128,27 +128,6 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, An
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     data = safetensors.torch.save(contiguous, {_KEY: json.dumps(metadata)})
     write_atomically(path, data)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Put `data` at `path` whole or not at all.
-
-    Raises:
-        UserError: When the file cannot be written; an earlier one is untouched.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        kept = "; the previous file is untouched" if path.exists() else ""
-        raise UserError(f"cannot write {path}: {error.strerror or error}{kept}") from error
-    finally:  # After Ctrl-C too; a file that took its place is no longer under this name.
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

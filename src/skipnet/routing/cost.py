@@ -1,20 +1,8 @@
-"""Cost: exact multiply-adds (MACs) of a network's parts, from shapes.
+"""Cost: the multiply-adds (MACs) of a network's parts, and what decisions make of them."""
 
-Convolutions, linear layers and LSTM cells are counted, one multiply-add as one; additions,
-normalisation, activations and pooling are not, as in the papers. Others publish 2 x MACs as FLOPs.
-"""
+from typing import Any, NamedTuple
 
-import copy
-from collections.abc import Iterable
-from typing import Any, NamedTuple, TypeVar
-
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-
-from skipnet.errors import UserError
-
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
+import numpy as np
 
 
 class Cost(NamedTuple):
@@ -53,71 +41,15 @@ class Cost(NamedTuple):
         """The paper's figure: convolutions, neither shortcut projections nor the classifier."""
         return self.stem + sum(self.blocks)
 
-    def executed(self, decisions: Tensor) -> Tensor:
-        """Return the multiply-adds of each row, int64 [batch], for decisions [batch, gates]."""
-        gated = torch.tensor(self.blocks[1:] if self.gates else (), dtype=torch.int64)
-        ran = (decisions > 0).to(torch.int64)
-        return (ran * gated.to(decisions.device)).sum(dim=1) + self.always
+    def executed(self, decisions: Any) -> Any:
+        """Return the multiply-adds of each row, int64 [batch], for decisions [batch, gates].
 
+        Args:
+            decisions: Tensor or array; so is what returns.
+        """
+        gated: Any = np.array(self.blocks[1:] if self.gates else (), dtype=np.int64)
+        if not isinstance(decisions, np.ndarray):
+            import torch  # Not at the top: the engine does without.
 
-def skeleton(module: ModuleT) -> ModuleT:
-    """Return a copy of a module without weights or hooks, to be run on shapes alone.
-
-    A copy, so that counting is safe beside other threads and shows no hook a batch that is none.
-    """
-    # In evaluation, for a batch norm in training is a dozen operations on shapes alone, too.
-    copied = copy.deepcopy(module).to("meta").eval()
-    for layer in copied.modules():
-        for hooks in (layer._forward_hooks, layer._forward_pre_hooks):
-            hooks.clear()
-    return copied
-
-
-def count_macs(module: nn.Module, *inputs: Any) -> tuple[int, Any]:
-    """Run a `skeleton` and count its multiply-adds.
-
-    Args:
-        module: A skeleton of convolutions, linear layers, LSTM cells and layers that cost nothing.
-        *inputs: Its arguments; tensors on the meta device, at least two rows (a batch norm in
-            training has no statistics of one value).
-
-    Returns:
-        The multiply-adds of one row, and the module's output (meta tensors).
-
-    Raises:
-        UserError: On a layer with weights whose multiply-adds we do not know.
-    """
-    total = 0
-
-    def count(layer: nn.Module, args: object, output: object) -> None:
-        nonlocal total
-        total += _layer_macs(layer, output)
-
-    handles = [layer.register_forward_hook(count) for layer in _counted(module)]
-    with torch.no_grad():
-        output = module(*inputs)
-    for handle in handles:
-        handle.remove()
-    return total, output
-
-
-def _counted(module: nn.Module) -> Iterable[nn.Module]:
-    for layer in module.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear | nn.LSTMCell):
-            yield layer
-        elif isinstance(layer, nn.MultiheadAttention) or (
-            not any(layer.children())
-            and next(layer.parameters(), None) is not None
-            and not isinstance(layer, _BatchNorm | nn.GroupNorm | nn.LayerNorm)
-        ):
-            raise UserError(f"no rule for the multiply-adds of {type(layer).__name__} layers")
-
-
-def _layer_macs(layer: nn.Module, output: object) -> int:
-    if isinstance(layer, nn.LSTMCell):
-        return 4 * layer.hidden_size * (layer.input_size + layer.hidden_size)
-    assert isinstance(output, Tensor)
-    if isinstance(layer, nn.Conv2d):
-        return output[0].numel() * layer.weight[0].numel()
-    assert isinstance(layer, nn.Linear)
-    return output[0].numel() * layer.in_features
+            gated = torch.from_numpy(gated).to(decisions.device)
+        return ((decisions > 0) * gated).sum(1) + self.always

@@ -1,5 +1,6 @@
 """SkipNet: a residual network in which gates decide, image by image, which blocks run."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -8,8 +9,10 @@ from torch import Tensor, nn
 
 from skipnet.errors import UserError
 from skipnet.execution.compacted import compacted
+from skipnet.execution.fused import fold_batch_norms
 from skipnet.execution.masked import masked
-from skipnet.routing.cost import Cost, count_macs, skeleton
+from skipnet.routing.cost import Cost
+from skipnet.routing.counting import count_macs, skeleton
 from skipnet.routing.decisions import Decision, Fixed, Random, named_decision
 from skipnet.routing.gates import Gate, State
 from skipnet.routing.trace import Routing
@@ -120,6 +123,21 @@ class SkipNet(nn.Module):
             decisions=torch.stack(decisions, dim=1) if decisions else none,
             cost=self.cost(*images.shape[1:]),
         )
+
+    def fuse(self) -> "SkipNet":
+        """Return a copy for inference, batch norms folded into the convolutions before them.
+
+        Logits and decisions are the same to rounding. The copy is in evaluation mode and is not to
+        be trained or saved: it has other parameters.
+        """
+        fused = copy.deepcopy(self).eval()
+        for name, part in fused.named_children():
+            if isinstance(part, nn.ModuleList):
+                for index, module in enumerate(part):
+                    part[index] = fold_batch_norms(module)
+            else:
+                setattr(fused, name, fold_batch_norms(part))
+        return fused
 
     def cost(self, channels: int, height: int, width: int) -> Cost:
         """Return the multiply-adds of every part for one image of this size.

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from skipnet.errors import UserError
-from skipnet.models.weights import read_tensors, write_atomically, write_tensors
+from skipnet.files import write_atomically
+from skipnet.models.weights import read_tensors, write_tensors
 from skipnet.training.config import StageName, TrainConfig, differences, from_dict, to_dict
 
 

@@ -1,0 +1,355 @@
+"""Benchmark: every engine on the same images, taking turns, against the best dense one."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from skipnet.errors import UserError
+from skipnet.models.weights import ModelInfo
+from skipnet.routing.decisions import Fixed
+from skipnet.routing.network import SkipNet
+from skipnet.seeding import sub_seed
+
+EngineName = Literal[
+    "dense-torch",
+    "dense-compile",
+    "dense-onnx",
+    "dense-openvino",
+    "masked",
+    "compacted",
+    "portable",
+    "optimized",
+    "bound",
+]
+ENGINES: tuple[EngineName, ...] = get_args(EngineName)
+
+TOLERANCE = 1e-4
+"""How far logits may lie from those of masked execution, as a share of their largest magnitude."""
+
+WARM_UP = 3
+BENCHMARK_SEED_TAG = 7001
+
+# Images in; logits out, and decisions of engines that skip.
+Run = Callable[[], tuple[np.ndarray, np.ndarray | None]]
+
+
+@dataclass(kw_only=True)
+class Row:
+    """One engine's times for a batch.
+
+    Attributes:
+        engine: Its name.
+        median_ms: Median time.
+        p95_ms: 95th percentile.
+        min_ms: Shortest time.
+        ratio_to_dense_onnx: Median over that of ONNX Runtime on the dense network.
+    """
+
+    engine: str
+    median_ms: float
+    p95_ms: float
+    min_ms: float
+    ratio_to_dense_onnx: float
+
+
+def benchmark(
+    network: SkipNet,
+    info: ModelInfo,
+    images: Tensor,
+    *,
+    keep: float | None = None,
+    seed: int = 0,
+    threads: int = 1,
+    repeats: int = 50,
+    engines: Sequence[EngineName] = ENGINES,
+    report: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Time one batch in every engine.
+
+    Every engine's logits and decisions are compared with masked execution before it is timed. The
+    engines take turns, so that whatever else the machine does falls on all of them.
+
+    Args:
+        network: A network with gates.
+        info: Its preprocessing and image size.
+        images: One batch, [batch, channels, height, width], normalised.
+        keep: Share of blocks to run, at random, whatever the gates say (they are computed all the
+            same); None lets the gates decide.
+        seed: Of the random decisions.
+        threads: Threads of every engine.
+        repeats: Turns of every engine.
+        engines: Which to time. `dense-onnx` is timed always; `dense-openvino` is left out where it
+            is not installed.
+        report: Is told what is being done.
+
+    Returns:
+        The fields of the JSON object of `skipnet benchmark`.
+
+    Raises:
+        UserError: When the network has no gates, or an engine's results are wrong.
+    """
+    if not network.num_gates:
+        raise UserError("a dense network has no blocks to skip: benchmark one with gates")
+    if repeats < 1:
+        raise UserError(f"repeats must be at least 1, not {repeats}")
+    if keep is not None and not 0 <= keep <= 1:
+        raise UserError(f"keep must lie in [0, 1], not {keep}")
+    torch.set_num_threads(threads)
+    network = network.fuse().cpu()
+    mask = None
+    if keep is not None:
+        drawn = np.random.default_rng(sub_seed(seed, BENCHMARK_SEED_TAG, 0))
+        mask = drawn.random((len(images), network.num_gates)) < keep
+    with torch.inference_mode():
+        logits, routing = network(images, decide=_decision(mask), execute="masked")
+    with tempfile.TemporaryDirectory() as folder:
+        bench = _Bench(network, info, images, mask, routing.executed.numpy(), threads, Path(folder))
+        runs: dict[str, Run] = {}
+        for name in [engine for engine in ENGINES if engine in engines or engine == "dense-onnx"]:
+            report(f"preparing {name}")
+            run = bench.prepare(name)
+            if run is not None:
+                bench.check(name, run, logits.numpy())
+                runs[name] = run
+        times = _take_turns(runs, repeats, report)
+    fraction = routing.macs_fraction
+    if "bound" in engines and "bound" not in times:
+        times["bound"] = [value * fraction for value in times["dense-onnx"]]
+    base = statistics.median(times["dense-onnx"])
+    rows = [_row(name, times[name], base) for name in ENGINES if name in times]
+    return {
+        "model": info.architecture.name,
+        "gate": info.architecture.gate,
+        "keep": keep,
+        "keep_rate": float(routing.keep_rates.mean()),
+        "batch_size": len(images),
+        "threads": threads,
+        "image_size": list(images.shape[2:]),
+        "macs_fraction": fraction,
+        "repeats": repeats,
+        "hardware": hardware(),
+        "versions": versions(),
+        "rows": [vars(row) for row in rows],
+    }
+
+
+def settle(network: SkipNet, images: Tensor) -> None:
+    """Give a network with fresh weights batch statistics, so that its numbers stay in bounds."""
+    norms = [layer for layer in network.modules() if isinstance(layer, _BatchNorm)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    network.train()
+    with torch.no_grad():
+        network(images, decide="threshold", execute="masked")
+    network.eval()
+    for norm in norms:
+        norm.momentum = 0.1
+
+
+class _Bench:
+    """Prepares and checks engines."""
+
+    def __init__(
+        self,
+        network: SkipNet,
+        info: ModelInfo,
+        images: Tensor,
+        mask: np.ndarray | None,
+        executed: np.ndarray,
+        threads: int,
+        folder: Path,
+    ) -> None:
+        self.network, self.images, self.mask, self.executed = network, images, mask, executed
+        height, width = images.shape[2:]
+        self.info = replace(info, image_size=(height, width))
+        self.threads, self.folder = threads, folder
+        self.array = images.numpy()
+
+    def prepare(self, name: str) -> Run | None:
+        """An engine as a function; None where it cannot be had, or is derived from another."""
+        match name:
+            case "dense-torch":
+                return self._torch(self._dense(), execute="masked")
+            case "dense-compile":
+                return self._torch(self._dense(), execute="masked", compiled=True)
+            case "dense-onnx":
+                return self._onnx(self._dense(), "dense")
+            case "dense-openvino":
+                return self._openvino()
+            case "masked" | "compacted":
+                return self._torch(self.network, execute=name)
+            case "portable" | "optimized":
+                return self._session(optimize=name == "optimized")
+            case _:
+                one_way = self.mask is not None and len(self.images) == 1
+                return self._onnx(self._pruned(), "bound") if one_way else None
+
+    def check(self, name: str, run: Run, expected: np.ndarray) -> None:
+        """Compare an engine with masked execution, or with the dense network.
+
+        Raises:
+            UserError: When it differs.
+        """
+        logits, decisions = run()
+        if name.startswith("dense"):
+            with torch.inference_mode():
+                expected = self._dense()(self.images)[0].numpy()
+        error = np.abs(logits - expected).max()
+        bad = not error <= TOLERANCE * max(1.0, float(np.abs(expected).max()))
+        if decisions is not None and not np.array_equal(decisions, self.executed):
+            raise UserError(f"{name} decides otherwise than masked execution: this is a defect")
+        if bad:
+            raise UserError(f"{name} gives logits that are {error:.2g} off: this is a defect")
+
+    def _dense(self) -> SkipNet:
+        network = self.network
+        return SkipNet(
+            network.stem, list(network.blocks), list(network.shortcuts), network.head
+        ).eval()
+
+    def _pruned(self) -> SkipNet:
+        """The network without the blocks that are skipped, and without gates."""
+        kept = [True, *self.executed[0].tolist()]
+        network = self.network
+        blocks = [
+            block if keep else _Bypass() for block, keep in zip(network.blocks, kept, strict=True)
+        ]
+        return SkipNet(network.stem, blocks, list(network.shortcuts), network.head).eval()
+
+    def _torch(self, network: SkipNet, *, execute: Any, compiled: bool = False) -> Run:
+        images = self.images.to(memory_format=torch.channels_last)
+        network = network.to(memory_format=torch.channels_last)
+        decide = _decision(self.mask if network.num_gates else None)
+
+        def forward(batch: Tensor) -> tuple[Tensor, Tensor]:
+            logits, routing = network(batch, decide=decide, execute=execute)
+            return logits, routing.decisions
+
+        function: Any = torch.compile(forward) if compiled else forward
+
+        def run() -> tuple[np.ndarray, np.ndarray | None]:
+            with torch.inference_mode():
+                logits, decisions = function(images)
+            return logits.numpy(), decisions.numpy() > 0 if network.num_gates else None
+
+        return run
+
+    def _onnx(self, network: SkipNet, name: str) -> Run:
+        from skipnet.execution.export import to_onnx
+        from skipnet.execution.portable import IMAGES, open_session
+
+        model = to_onnx(network, self._info_of_dense()).SerializeToString()
+        session = open_session(model, threads=self.threads, providers=["CPUExecutionProvider"])
+        return lambda: (session.run(None, {IMAGES: self.array})[0], None)
+
+    def _openvino(self) -> Run | None:
+        if importlib.util.find_spec("openvino") is None:
+            return None
+        import openvino
+
+        from skipnet.execution.export import to_onnx
+
+        path = self.folder / "dense.onnx"
+        path.write_bytes(to_onnx(self._dense(), self._info_of_dense()).SerializeToString())
+        compiled = openvino.compile_model(path, "CPU", {"INFERENCE_NUM_THREADS": self.threads})
+        request = compiled.create_infer_request()
+        return lambda: (request.infer({0: self.array})[compiled.output(0)], None)
+
+    def _session(self, *, optimize: bool) -> Run | None:
+        from skipnet.execution.export import to_onnx
+        from skipnet.execution.session import InferenceSession
+
+        path = self.folder / "routed.onnx"
+        if not path.exists():
+            path.write_bytes(to_onnx(self.network, self.info, forced=self.mask).SerializeToString())
+        session = InferenceSession(
+            path, threads=self.threads, optimize=optimize, providers=["CPUExecutionProvider"]
+        )
+        if optimize and session.engine != "optimized":  # It has said why.
+            return None
+
+        def run() -> tuple[np.ndarray, np.ndarray | None]:
+            logits, routing = session.run(self.array)
+            return logits, routing.decisions
+
+        return run
+
+    def _info_of_dense(self) -> ModelInfo:
+        return replace(self.info, architecture=replace(self.info.architecture, gate=None))
+
+
+class _Bypass(nn.Module):
+    """A block that is not there."""
+
+    def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        return shortcut
+
+
+def _decision(mask: np.ndarray | None) -> Any:
+    return "threshold" if mask is None else Fixed(torch.from_numpy(mask))
+
+
+def _take_turns(
+    runs: dict[str, Run], repeats: int, report: Callable[[str], None]
+) -> dict[str, list[float]]:
+    """Milliseconds of every turn of every engine; each turn starts with another one."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    for turn in range(-WARM_UP, repeats):
+        report(f"turn {turn + 1} of {repeats}" if turn >= 0 else "warming up")
+        start = turn % len(names)
+        for name in names[start:] + names[:start]:
+            begin = time.perf_counter()
+            runs[name]()
+            if turn >= 0:
+                times[name].append(1e3 * (time.perf_counter() - begin))
+    return times
+
+
+def _row(name: str, times: list[float], base: float) -> Row:
+    median = statistics.median(times)
+    return Row(
+        engine=name,
+        median_ms=round(median, 4),
+        p95_ms=round(float(np.percentile(times, 95)), 4),
+        min_ms=round(min(times), 4),
+        ratio_to_dense_onnx=round(median / base, 4),
+    )
+
+
+def hardware() -> str:
+    """Name of the processor and number of cores available."""
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what was timed."""
+    found = {"python": platform.python_version()}
+    for name in ("skipnet", "torch", "onnxruntime", "openvino"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,457 @@
+"""Export: a routed network as one portable ONNX file, in which skipped blocks are not computed.
+
+Standard operators only, any batch size. Around each gated block:
+
+    logit[i] = gate(pooled[i])                       one LSTM node and one MatMul (recurrent gate)
+    x[i+1], pooled[i+1] =
+        If any row runs:
+            If every row runs:  block(x[i]), its pooled output        always so at batch 1
+            else:               gather the rows, block, scatter them back
+        else:                   bypass[i], pooled[i]
+
+The recurrent gate's linear a block is folded into its LSTM's input weights, and the pooled features
+are carried beside the features, so that only blocks that run pay for pooling.
+"""
+
+import copy
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnx
+import torch
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+from torch.nn import functional
+
+from skipnet.errors import UserError
+from skipnet.execution.fused import fold_batch_norms
+from skipnet.execution.portable import BATCH, DECISIONS, IMAGES, LOGITS, set_metadata
+from skipnet.files import write_atomically
+from skipnet.models.weights import ModelInfo
+from skipnet.routing.gates import FFGateI, FFGateII, Gate, RNNGate
+from skipnet.routing.network import SkipNet
+
+OPSET = 20
+IR_VERSION = 10
+
+
+def export(model: SkipNet, path: str | os.PathLike[str], info: ModelInfo) -> None:
+    """Write a network as a portable ONNX file, atomically.
+
+    Args:
+        model: The network, with or without gates; it is not changed.
+        path: Where to.
+        info: Size of the images, preprocessing and class names, which travel in the file.
+
+    Raises:
+        UserError: On a gate that cannot be exported, or when the file cannot be written.
+    """
+    write_atomically(Path(path), to_onnx(model, info).SerializeToString())
+
+
+def to_onnx(
+    model: SkipNet, info: ModelInfo, *, forced: np.ndarray | None = None
+) -> onnx.ModelProto:
+    """Translate a network, see `export`.
+
+    Args:
+        model: The network.
+        info: What travels in the file.
+        forced: Decisions to take whatever the gates say, bool [batch, gates], for measurements: the
+            gates are computed all the same. The file then takes batches of this size only.
+    """
+    network = model.fuse().cpu().float()
+    channels, (height, width) = info.architecture.in_channels, info.image_size
+    cost = network.cost(channels, height, width)
+    graph = _Graph()
+    parts = _Parts(graph)
+    with torch.inference_mode():
+        images = torch.zeros(2, channels, height, width)
+        examples = _examples(network, images)
+    gate = None
+    if model.gate is not None:
+        # Not the fused network's: its units are single pieces, not to be taken apart.
+        original = copy.deepcopy(model.gate).cpu().float().eval()
+        gate = _gate(original, graph, parts, examples)
+    _write(network, gate, examples, graph, parts, forced)
+
+    outputs = [_value(LOGITS, TensorProto.FLOAT, (BATCH, examples.logits.shape[1]))]
+    if network.gate is not None:
+        outputs.append(_value(DECISIONS, TensorProto.BOOL, (BATCH, network.num_gates)))
+    proto = helper.make_model(
+        helper.make_graph(
+            graph.nodes,
+            "skipnet",
+            [_value(IMAGES, TensorProto.FLOAT, (BATCH, channels, height, width))],
+            outputs,
+            graph.initializers,
+        ),
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="skipnet",
+    )
+    set_metadata(proto, info.to_dict() | {"cost": cost._asdict()})
+    onnx.checker.check_model(proto)
+    return proto
+
+
+@dataclass
+class _Examples:
+    """Inputs of every part for a batch of two, to export it with."""
+
+    images: Tensor
+    features: list[Tensor]
+    bypasses: list[Tensor]
+    last: Tensor
+    logits: Tensor
+
+
+def _examples(network: SkipNet, images: Tensor) -> _Examples:
+    features, bypasses = [], []
+    x = network.stem(images)
+    for block, shortcut in zip(network.blocks, network.shortcuts, strict=True):
+        features.append(x)
+        bypasses.append(shortcut(x))
+        # Not in place: what is recorded must stay as it was, in shape and in kind.
+        x = block(x.clone(), bypasses[-1].clone())
+    return _Examples(images, features, bypasses, x, network.head(x.clone()))
+
+
+@dataclass
+class _Graph:
+    """Nodes of the main graph or of a branch; weights are all the main graph's."""
+
+    nodes: list[NodeProto] = field(default_factory=list)
+    initializers: list[TensorProto] = field(default_factory=list)
+
+    def branch(self) -> "_Graph":
+        return _Graph(initializers=self.initializers)
+
+    def add(
+        self, kind: str, inputs: Sequence[str], outputs: str | Sequence[str], **attributes: Any
+    ) -> str:
+        """Append a node and return its first output."""
+        names = [outputs] if isinstance(outputs, str) else list(outputs)
+        name = next(name for name in names if name)
+        self.nodes.append(helper.make_node(kind, inputs, names, name=name, **attributes))
+        return names[0]
+
+    def constant(self, name: str, value: Any) -> str:
+        """Add a tensor, or find that it is there, and return its name."""
+        if all(name != tensor.name for tensor in self.initializers):
+            self.initializers.append(numpy_helper.from_array(np.asarray(value), name))
+        return name
+
+    def as_branch(self, name: str, outputs: Sequence[str]) -> onnx.GraphProto:
+        values = [helper.make_empty_tensor_value_info(output) for output in outputs]
+        return helper.make_graph(self.nodes, name, [], values)
+
+
+class _Parts:
+    """Translates modules; those that differ in their weights only are translated once.
+
+    Args:
+        graph: Where weights go.
+    """
+
+    def __init__(self, graph: _Graph) -> None:
+        self.graph = graph
+        self.templates: dict[Any, onnx.GraphProto] = {}
+
+    def place(
+        self,
+        into: _Graph,
+        module: nn.Module,
+        example: Sequence[Tensor],
+        name: str,
+        inputs: Sequence[str],
+        output: str,
+        weights: str | None = None,
+    ) -> str:
+        """Append a module's nodes to a graph.
+
+        Args:
+            into: The graph.
+            module: What to translate.
+            example: Its inputs, of batch size two.
+            name: Prefix of everything inside.
+            inputs: Names of its inputs.
+            output: Name of its output.
+            weights: Prefix of its weights, if `name` is not.
+        """
+        key = (_signature(module), tuple(tensor.shape for tensor in example))
+        if key not in self.templates:
+            self.templates[key] = _translate(module, example)
+        template = self.templates[key]
+        weights = weights or name
+        state = module.state_dict()
+        names = {value.name: given for value, given in zip(template.input, inputs, strict=True)}
+        result = template.output[0].name
+        if result in names:  # What comes in goes out.
+            return into.add("Identity", [names[result]], output)
+        names[result] = output
+        for tensor in template.initializer:
+            names[tensor.name] = f"{weights}/{tensor.name}"
+            # What is no weight is a constant of the translation.
+            value = state.get(tensor.name)
+            array = numpy_helper.to_array(tensor) if value is None else value.numpy()
+            self.graph.constant(names[tensor.name], array)
+        for node in template.node:
+            copied = NodeProto()
+            copied.CopyFrom(node)
+            copied.input[:] = [names.get(i, f"{name}/{i}") if i else "" for i in node.input]
+            copied.output[:] = [names.get(o, f"{name}/{o}") if o else "" for o in node.output]
+            copied.name = f"{name}/{node.name}"
+            into.nodes.append(copied)
+        return output
+
+
+def _write(
+    network: SkipNet,
+    gate: "_RecurrentGate | _FeedForwardGate | None",
+    examples: _Examples,
+    graph: _Graph,
+    parts: _Parts,
+    forced: np.ndarray | None,
+) -> None:
+    x = parts.place(graph, network.stem, [examples.images], "stem", [IMAGES], "x0")
+    decided: list[str] = []
+    for index, (block, shortcut) in enumerate(zip(network.blocks, network.shortcuts, strict=True)):
+        example = [examples.features[index], examples.bypasses[index]]
+        output = f"x{index + 1}"
+        bypass = x
+        if not isinstance(shortcut, nn.Identity):
+            name = f"shortcut{index}"
+            bypass = parts.place(graph, shortcut, example[:1], name, [x], f"bypass{index}")
+        if gate is None or index == 0:
+            x = parts.place(graph, block, example, f"block{index}", [x, bypass], output)
+            if gate is not None:
+                gate.start(output)
+            continue
+
+        threshold = gate.threshold
+        if forced is not None:
+            limit = np.finfo(np.float32).max
+            threshold = np.where(forced[:, index - 1 : index], -limit, limit).astype(np.float32)
+        name = f"gate{index}"
+        at = graph.constant(f"{name}/threshold", threshold)
+        runs = graph.add("Greater", [gate.logit(index, x), at], f"{name}/runs")
+        decided.append(runs)
+        any_runs = graph.add("ReduceMax", [runs], f"{name}/any", keepdims=0)
+        run, skip = graph.branch(), graph.branch()
+
+        def place(into: _Graph, name: str, inputs: Sequence[str], output: str) -> str:
+            weights = f"block{index}"  # noqa: B023
+            return parts.place(into, block, example, name, inputs, output, weights)  # noqa: B023
+
+        plain, some = run.branch(), run.branch()
+        plain_outputs = [place(plain, f"block{index}", [x, bypass], f"block{index}/output")]
+        some_outputs = [_gathered(some, place, runs, index, x, bypass)]
+        skip_outputs = [skip.add("Identity", [bypass], f"skip{index}/output")]
+        outputs = [output]
+        if gate.carried is not None and index < network.num_gates:
+            carried = f"pooled{index + 1}"
+            outputs.append(carried)
+            plain_outputs.append(gate.pool(plain, index, plain_outputs[0], f"block{index}"))
+            some_outputs.append(gate.pool(some, index, some_outputs[0], f"some{index}"))
+            if bypass == x:
+                kept = skip.add("Identity", [gate.carried], f"skip{index}/pooled")
+            else:
+                kept = gate.pool(skip, index, skip_outputs[0], f"skip{index}")
+            skip_outputs.append(kept)
+            gate.carried = carried
+        all_run = run.add("ReduceMin", [runs], f"{name}/all", keepdims=0)
+        run.add(
+            "If",
+            [all_run],
+            [f"run{index}/{name}" for name in outputs],
+            then_branch=plain.as_branch(f"block{index}", plain_outputs),
+            else_branch=some.as_branch(f"some{index}", some_outputs),
+        )
+        graph.add(
+            "If",
+            [any_runs],
+            outputs,
+            then_branch=run.as_branch(f"run{index}", [f"run{index}/{name}" for name in outputs]),
+            else_branch=skip.as_branch(f"skip{index}", skip_outputs),
+        )
+        x = output
+    parts.place(graph, network.head, [examples.last], "head", [x], LOGITS)
+    if gate is not None:
+        joined = graph.add("Concat", decided, "gates/runs", axis=-1)
+        shape = graph.constant("gates/shape", np.array([-1, len(decided)]))
+        graph.add("Reshape", [joined, shape], DECISIONS)
+
+
+def _gathered(graph: _Graph, place: Any, runs: str, index: int, x: str, bypass: str) -> str:
+    """The block on the rows that run, over the bypass of the others."""
+    name = f"some{index}"
+    flat = graph.add("Reshape", [runs, graph.constant("minus1", np.array([-1]))], f"{name}/flat")
+    indices = graph.add("NonZero", [flat], f"{name}/indices")
+    rows = graph.add("Squeeze", [indices, graph.constant("zero", np.array([0]))], f"{name}/rows")
+    active = graph.add("Gather", [x, rows], f"{name}/active")
+    active_bypass = active
+    if bypass != x:
+        active_bypass = graph.add("Gather", [bypass, rows], f"{name}/bypass")
+    done = place(graph, name, [active, active_bypass], f"{name}/done")
+    places = graph.add("Transpose", [indices], f"{name}/places")
+    return graph.add("ScatterND", [bypass, places, done], f"{name}/output")
+
+
+class _RecurrentGate:
+    """The recurrent gate: pooled features carried from block to block, one LSTM node a gate."""
+
+    def __init__(self, gate: RNNGate, graph: _Graph) -> None:
+        self.gate, self.graph = gate, graph
+        self.carried: str | None = None
+        self.state = ("", "")
+        cell, project = gate.lstm, gate.project
+        self.recurrent = graph.constant("gate/R", _iofc(cell.weight_hh)[None])
+        self.project = graph.constant("gate/project", project.weight.detach().numpy().T)
+        # h w + b > 0 as h w > -b: one node less a gate.
+        self.threshold = -project.bias.detach().numpy()
+
+    def start(self, features: str) -> None:
+        self.carried = self.pool(self.graph, 0, features, "block0")
+
+    def pool(self, graph: _Graph, index: int, features: str, name: str) -> str:
+        """Global average pool to [1, batch, channels], as the LSTM reads it."""
+        width = self.gate.channels[index]
+        shape = self.graph.constant(f"gate/shape{width}", np.array([1, -1, width]))
+        pooled = graph.add("GlobalAveragePool", [features], f"{name}/average")
+        return graph.add("Reshape", [pooled, shape], f"{name}/pooled")
+
+    def logit(self, index: int, features: str) -> str:
+        """Logit less the bias, [1, batch, 1]."""
+        gate, graph, name = self.gate, self.graph, f"gate{index}"
+        embed, cell = gate.embed[index - 1], gate.lstm
+        assert isinstance(embed, nn.Linear) and self.carried is not None
+        # W (E p + e) + b: the linear a block, in float64, becomes part of the input weights.
+        weight = cell.weight_ih.double() @ embed.weight.double()
+        bias = cell.weight_ih.double() @ embed.bias.double() + cell.bias_ih.double()
+        biases = np.concatenate([_iofc(bias.float()), _iofc(cell.bias_hh)])
+        inputs = [
+            self.carried,
+            graph.constant(f"{name}/W", _iofc(weight.float())[None]),
+            self.recurrent,
+            graph.constant(f"{name}/B", biases[None]),
+            "",
+            *self.state,
+        ]
+        self.state = (f"{name}/hidden", f"{name}/cell")
+        hidden = cell.hidden_size
+        graph.add("LSTM", inputs, ["", *self.state], hidden_size=hidden)
+        return graph.add("MatMul", [self.state[0], self.project], f"{name}/logit")
+
+
+class _FeedForwardGate:
+    """Feed-forward gates: a module a gate, nothing carried."""
+
+    carried: str | None = None
+
+    def __init__(
+        self,
+        gate: FFGateI | FFGateII,
+        graph: _Graph,
+        parts: _Parts,
+        features: Sequence[Tensor],
+    ) -> None:
+        self.gate, self.graph, self.parts, self.features = gate, graph, parts, features
+        self.threshold = np.zeros(1, np.float32)
+
+    def start(self, features: str) -> None:
+        pass
+
+    def pool(self, graph: _Graph, index: int, features: str, name: str) -> str:
+        raise AssertionError("nothing is carried")
+
+    def logit(self, index: int, features: str) -> str:
+        """Logit, [batch, 1]."""
+        unit = _Column(self.gate.units[index - 1])
+        example = [self.features[index]]
+        name = f"gate{index}"
+        return self.parts.place(self.graph, unit, example, name, [features], f"{name}/logit")
+
+
+class _Column(nn.Module):
+    """A feed-forward gate's unit with one output, the logit, as a column [batch, 1]."""
+
+    def __init__(self, unit: nn.Module) -> None:
+        super().__init__()
+        self.pool = unit.pool
+        self.layers = fold_batch_norms(cast(nn.Module, unit.layers))
+        # execute - skip, of one linear: the linear of the difference.
+        pair = cast(nn.Linear, unit.linear)
+        self.linear = nn.Linear(pair.in_features, 1)
+        with torch.no_grad():
+            self.linear.weight.copy_(pair.weight[1:] - pair.weight[:1])
+            self.linear.bias.copy_(pair.bias[1:] - pair.bias[:1])
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.pool and min(features.shape[2:]) >= 2:
+            features = functional.max_pool2d(features, 2)
+        column: Tensor = self.linear(self.layers(features).mean(dim=(2, 3)))
+        return column
+
+
+def _gate(
+    gate: Gate, graph: _Graph, parts: _Parts, examples: _Examples
+) -> "_RecurrentGate | _FeedForwardGate":
+    if isinstance(gate, RNNGate):
+        return _RecurrentGate(gate, graph)
+    if isinstance(gate, FFGateI | FFGateII):
+        return _FeedForwardGate(gate, graph, parts, examples.features)
+    raise UserError(f"cannot export gates of kind {type(gate).__name__}: use rnn, ff1 or ff2")
+
+
+def _iofc(tensor: Tensor) -> np.ndarray:
+    """Rows of an LSTM's parameter in ONNX's order (input, output, forget, cell), not torch's."""
+    i, f, c, o = tensor.detach().chunk(4)
+    return torch.cat([i, o, f, c]).numpy()
+
+
+def _value(name: str, kind: int, shape: Iterable[int | str]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, list(shape))
+
+
+def _translate(module: nn.Module, example: Sequence[Tensor]) -> onnx.GraphProto:
+    """Export a module with a batch size left open."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # The exporter's own, about itself.
+        program = torch.onnx.export(
+            module.eval(),
+            tuple(tensor.clone() for tensor in example),
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=tuple({0: torch.export.Dim("batch")} for _ in example),
+            # Each instance brings its own weights: nothing may be computed from these ones.
+            optimize=False,
+            verbose=False,
+        )
+    assert program is not None
+    graph: onnx.GraphProto = program.model_proto.graph
+    assert len(graph.output) == 1 and len(graph.input) == len(example)
+    return graph
+
+
+def _signature(module: nn.Module) -> Any:
+    """What makes the translation of a module, its weights aside."""
+    parts: list[Any] = []
+    for name, layer in module.named_modules():
+        own = [
+            (
+                key,
+                value if isinstance(value, int | float | str | bool | tuple | None) else id(value),
+            )
+            for key, value in sorted(vars(layer).items())
+            if not key.startswith("_")
+        ]
+        code = layer.code if isinstance(layer, torch.fx.GraphModule) else ""
+        parts.append((name, type(layer).__qualname__, code, repr(own) if not code else ""))
+    weights = [(name, tensor.shape, tensor.dtype) for name, tensor in module.state_dict().items()]
+    return repr((parts, weights))

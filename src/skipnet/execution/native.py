@@ -1,0 +1,86 @@
+"""The native part: a small C program, compiled once a machine with the compiler that is there."""
+
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("route.c")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fvisibility=hidden", "-shared", "-fPIC")
+
+
+class DoesNotFit(Exception):
+    """This model or machine cannot have an optimised engine: why."""
+
+
+@functools.cache
+def library() -> Path:
+    """Return the compiled program, from the user's cache or made now.
+
+    The cache is $SKIPNET_CACHE, or skipnet under $XDG_CACHE_HOME or ~/.cache. Nothing compiled is
+    ever loaded from beside a model.
+
+    Raises:
+        DoesNotFit: When there is no C compiler or it fails.
+    """
+    compiler = _compiler()
+    key = hashlib.sha256(SOURCE.read_bytes())
+    for fact in (*compiler, *FLAGS, *processor()):
+        key.update(fact.encode() + b"\0")
+    name = f"route-{key.hexdigest()[:16]}.so"
+    try:
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if os.access(folder / name, os.R_OK):
+            return folder / name
+        return _compile(compiler, folder / name)
+    except OSError:  # A cache that cannot be written: for this process only.
+        return _compile(compiler, Path(tempfile.mkdtemp(prefix="skipnet-")) / name)
+
+
+def cache_folder() -> Path:
+    """Where compiled programs are kept."""
+    if "SKIPNET_CACHE" in os.environ:
+        return Path(os.environ["SKIPNET_CACHE"])
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "skipnet"
+
+
+@functools.cache
+def processor() -> tuple[str, ...]:
+    """Return what distinguishes this processor from others that code is compiled for."""
+    facts = {platform.machine(), platform.processor()}
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() in ("model name", "flags", "Features", "CPU part"):
+            facts.add(value.strip())
+    return tuple(sorted(facts))
+
+
+def _compiler() -> list[str]:
+    for command in (os.environ.get("CC", ""), "cc", "gcc", "clang"):
+        words = shlex.split(command)
+        if words and shutil.which(words[0]):
+            return words
+    raise DoesNotFit("there is no C compiler: install gcc or clang, or name one with CC")
+
+
+def _compile(compiler: list[str], target: Path) -> Path:
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    words = [*compiler, *FLAGS, str(SOURCE), "-o", str(temporary), "-lm", "-lpthread"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        temporary.unlink(missing_ok=True)
+        said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise DoesNotFit(f"{compiler[0]} failed: {said}")
+    os.replace(temporary, target)
+    return target

@@ -1,0 +1,141 @@
+"""The portable ONNX file: the names in it, and what it says about itself."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skipnet.errors import UserError
+from skipnet.routing.cost import Cost
+
+IMAGES, LOGITS, DECISIONS, BATCH = "images", "logits", "decisions", "batch"
+FORMAT_VERSION = 1
+_KEY = "skipnet"
+
+
+def set_metadata(proto: Any, values: dict[str, Any]) -> None:
+    """Write JSON metadata into an ONNX model."""
+    entry = proto.metadata_props.add()
+    entry.key, entry.value = _KEY, json.dumps(values)
+
+
+@dataclass(kw_only=True)
+class PortableInfo:
+    """What a portable file says about itself.
+
+    Attributes:
+        architecture: Name of the network and its gate, classes and channels.
+        classes: Names of the classes.
+        mean: Mean of each channel, for pixels in 0 to 1.
+        std: Standard deviation of each channel, for pixels in 0 to 1.
+        image_size: (height, width) of the images.
+        results: Accuracy and computation as measured when the model was saved.
+        cost: Multiply-adds of the network's parts.
+    """
+
+    architecture: dict[str, Any]
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: tuple[int, int]
+    results: dict[str, Any]
+    cost: Cost
+
+
+def metadata_of(properties: dict[str, str], path: Path) -> PortableInfo:
+    """Read the metadata of an ONNX model.
+
+    Raises:
+        UserError: When they are not ours.
+    """
+    try:
+        values = json.loads(properties[_KEY])
+        version = values["format_version"]
+    except (KeyError, ValueError, TypeError):
+        raise UserError(
+            f"{path} was not written by skipnet export: it lacks the metadata"
+        ) from None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format version {version}; this skipnet reads {FORMAT_VERSION}")
+    try:
+        cost = values["cost"]
+        height, width = values["image_size"]
+        return PortableInfo(
+            architecture=dict(values["architecture"]),
+            classes=tuple(values["classes"]),
+            mean=tuple(map(float, values["mean"])),
+            std=tuple(map(float, values["std"])),
+            image_size=(int(height), int(width)),
+            results=dict(values["results"]),
+            cost=Cost(
+                int(cost["stem"]),
+                tuple(map(int, cost["blocks"])),
+                tuple(map(int, cost["shortcuts"])),
+                tuple(map(int, cost["gates"])),
+                int(cost["head"]),
+            ),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: its metadata is damaged ({error!r})") from None
+
+
+def onnxruntime() -> Any:
+    """Import ONNX Runtime.
+
+    Raises:
+        UserError: When it is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise UserError("ONNX Runtime is not installed: pip install 'skipnet[onnx]'") from None
+    return onnxruntime
+
+
+def open_session(
+    model: str | bytes,
+    *,
+    threads: int | None,
+    providers: list[str],
+    custom_ops: Path | None = None,
+    **settings: Any,
+) -> Any:
+    """Open an ONNX Runtime session over a file or a model in memory.
+
+    Args:
+        model: Path, or the model itself.
+        threads: Threads of one call; all cores if None.
+        providers: Execution providers.
+        custom_ops: Library of further operators.
+        **settings: Further fields of its `SessionOptions`.
+    """
+    ort = onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if custom_ops is not None:
+        options.register_custom_ops_library(str(custom_ops))
+    for name, value in settings.items():
+        setattr(options, name, value)
+    return ort.InferenceSession(model, options, providers=providers)
+
+
+def load_onnx(path: Path) -> tuple[bytes, PortableInfo]:
+    """Read a portable file: the model's bytes, and what it says about itself.
+
+    Raises:
+        UserError: When there is no such file, or it was not written by `skipnet export`.
+    """
+    onnxruntime()  # The extra brings both.
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    if not path.is_file():
+        raise UserError(f"there is no ONNX file {path}: make one with skipnet export")
+    data = path.read_bytes()
+    try:
+        proto = onnx.ModelProto.FromString(data)
+    except DecodeError:
+        raise UserError(f"{path} is truncated or not an ONNX file: export it again") from None
+    return data, metadata_of({entry.key: entry.value for entry in proto.metadata_props}, path)
