@@ -59,7 +59,9 @@ def table(path: Path) -> str:
     for stage in results["config"]["stages"]:
         evaluations = [run["results"][stage]["evaluation"] for run in runs]
         sampled = [run["results"][stage]["sampled"] for run in runs if stage != "dense"]
-        rate = statistics.mean(run["results"][stage]["images_per_s"] for run in runs)
+        rates = [run["results"][stage].get("images_per_s") for run in runs]
+        # Missing where the stages were not timed taking turns.
+        rate = "" if None in rates else f"{statistics.mean(rates):,.0f}"
         minutes = statistics.mean(run["results"][stage]["seconds"] for run in runs) / 60
         cells = [
             STAGES[stage],
@@ -68,7 +70,7 @@ def table(path: Path) -> str:
             f"{statistics.mean(e['macs'] for e in evaluations) / 1e6:.1f}M",
             _spread([100 * e["macs_fraction"] for e in evaluations], 1) + " %",
             _spread([100 * e["blocks_fraction"] for e in evaluations], 1) + " %",
-            f"{rate:,.0f}",
+            f"{rate}",
             f"{minutes:.0f} min" if minutes >= 10 else f"{60 * minutes:.0f} s",
         ]
         lines.append("| " + " | ".join(cells) + " |")

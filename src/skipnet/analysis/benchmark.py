@@ -259,7 +259,7 @@ class _Bench:
     def _openvino(self) -> Run | None:
         if importlib.util.find_spec("openvino") is None:
             return None
-        import openvino
+        import openvino  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
         from skipnet.execution.export import to_onnx
 

@@ -84,19 +84,23 @@ def cifar10_resnet38_rnn_short() -> TrainConfig:
     config = cifar10_resnet38_rnn()
     config.recipe = "cifar10-resnet38-rnn-short"
     optimizer = OptimizerConfig(lr=0.3, nesterov=True, weight_decay=5e-4, clip_norm=5.0)
-    one_cycle = ScheduleConfig(name="one-cycle")
-    config.dense = StageConfig(epochs=9, optimizer=optimizer, schedule=one_cycle)
-    config.sp = StageConfig(epochs=5, optimizer=optimizer, schedule=one_cycle)
+    config.dense = StageConfig(
+        epochs=9, optimizer=optimizer, schedule=ScheduleConfig(name="one-cycle")
+    )
+    # Together the two stages follow the dense network's one cycle: up in SP, down in HRL.
+    config.sp = StageConfig(
+        epochs=3, optimizer=optimizer, schedule=ScheduleConfig(name="one-cycle", peak=0.98)
+    )
     config.hrl = HybridConfig(
-        epochs=4,
-        # The blocks go on at about the rate one-cycle has left to give; the gates go slower.
+        epochs=6,
         optimizer=OptimizerConfig(
-            lr=0.15, gate_lr=0.03, nesterov=True, weight_decay=5e-4, clip_norm=5.0
+            lr=0.3, gate_lr=0.1, nesterov=True, weight_decay=5e-4, clip_norm=5.0
         ),
-        schedule=ScheduleConfig(name="one-cycle", peak=0.05),
+        schedule=ScheduleConfig(name="one-cycle", peak=0.02),
         alpha=0.6,
-        target_compute=0.66,
-        policy_weight=0.1,
+        target_compute=0.7,
+        target_ramp=0.2,
+        policy_weight=0.2,
         sharpen_to=2.0,
     )
     config.evaluate_every = 1
