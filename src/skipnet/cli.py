@@ -3,6 +3,7 @@
 Only `main` reads arguments, prints errors as one line and turns them into exit codes.
 """
 
+import contextlib
 import difflib
 import json
 import os
@@ -201,7 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code: 0, 2 on a mistake, 130 when interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, TextIOWrapper):  # What is not UTF-8 shows a question mark instead.
-        sys.stdout.reconfigure(errors="replace")
+        with contextlib.suppress(OSError):  # A stream that somebody else has put in its place.
+            sys.stdout.reconfigure(errors="replace")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning

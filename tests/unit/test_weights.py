@@ -90,7 +90,7 @@ def assert_refused(path: Path, match: str) -> None:
 
 def test_no_such_file(tmp_path: Path) -> None:
     assert_refused(tmp_path / "none.safetensors", "no model file")
-    assert_refused(tmp_path, "no model file")
+    assert_refused(tmp_path, "is a folder: name the model file")
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 500, 0.5, 0.999])
