@@ -16,8 +16,9 @@ are carried beside the features, so that only blocks that run pay for pooling.
 import copy
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -69,15 +70,24 @@ def to_onnx(
     channels, (height, width) = info.architecture.in_channels, info.image_size
     cost = network.cost(channels, height, width)
     graph = _Graph()
-    parts = _Parts(graph)
     with torch.inference_mode():
         images = torch.zeros(2, channels, height, width)
         examples = _examples(network, images)
-    gate = None
-    if model.gate is not None:
-        # Not the fused network's: its units are single pieces, not to be taken apart.
-        original = copy.deepcopy(model.gate).cpu().float().eval()
-        gate = _gate(original, graph, parts, examples)
+    # Not the fused network's gate: its units are single pieces, not to be taken apart.
+    original = copy.deepcopy(model.gate).cpu().float().eval() if model.gate else None
+    columns = _columns(original)
+    parts = _Parts(
+        graph,
+        [
+            *examples.of(network),
+            *((unit, [x]) for unit, x in zip(columns, examples.features[1:], strict=False)),
+        ],
+    )
+    gate: _RecurrentGate | _FeedForwardGate | None = None
+    if isinstance(original, RNNGate):
+        gate = _RecurrentGate(original, graph)
+    elif columns:
+        gate = _FeedForwardGate(columns, graph, parts, examples.features)
     _write(network, gate, examples, graph, parts, forced)
 
     outputs = [_value(LOGITS, TensorProto.FLOAT, (BATCH, examples.logits.shape[1]))]
@@ -109,6 +119,17 @@ class _Examples:
     bypasses: list[Tensor]
     last: Tensor
     logits: Tensor
+
+    def of(self, network: SkipNet) -> Iterator[tuple[nn.Module, list[Tensor]]]:
+        """Every part of the network but the gate, with its inputs."""
+        yield network.stem, [self.images]
+        for index, (block, shortcut) in enumerate(
+            zip(network.blocks, network.shortcuts, strict=True)
+        ):
+            yield block, [self.features[index], self.bypasses[index]]
+            if not isinstance(shortcut, nn.Identity):
+                yield shortcut, [self.features[index]]
+        yield network.head, [self.last]
 
 
 def _examples(network: SkipNet, images: Tensor) -> _Examples:
@@ -153,15 +174,17 @@ class _Graph:
 
 
 class _Parts:
-    """Translates modules; those that differ in their weights only are translated once.
+    """Modules as nodes; those that differ in their weights only are translated once.
 
     Args:
         graph: Where weights go.
+        wanted: Every module that will be placed, and an example of its inputs, of batch size two.
     """
 
-    def __init__(self, graph: _Graph) -> None:
+    def __init__(self, graph: _Graph, wanted: Iterable[tuple[nn.Module, Sequence[Tensor]]]) -> None:
         self.graph = graph
-        self.templates: dict[Any, onnx.GraphProto] = {}
+        distinct = {_signature(module, example): (module, example) for module, example in wanted}
+        self.templates = dict(zip(distinct, _translate(list(distinct.values())), strict=True))
 
     def place(
         self,
@@ -178,30 +201,25 @@ class _Parts:
         Args:
             into: The graph.
             module: What to translate.
-            example: Its inputs, of batch size two.
+            example: Its inputs.
             name: Prefix of everything inside.
             inputs: Names of its inputs.
             output: Name of its output.
             weights: Prefix of its weights, if `name` is not.
         """
-        key = (_signature(module), tuple(tensor.shape for tensor in example))
-        if key not in self.templates:
-            self.templates[key] = _translate(module, example)
-        template = self.templates[key]
+        template = self.templates[_signature(module, example)]
         weights = weights or name
         state = module.state_dict()
-        names = {value.name: given for value, given in zip(template.input, inputs, strict=True)}
-        result = template.output[0].name
-        if result in names:  # What comes in goes out.
-            return into.add("Identity", [names[result]], output)
-        names[result] = output
-        for tensor in template.initializer:
-            names[tensor.name] = f"{weights}/{tensor.name}"
+        names = dict(zip(template.inputs, inputs, strict=True))
+        if template.output in names:  # What comes in goes out.
+            return into.add("Identity", [names[template.output]], output)
+        names[template.output] = output
+        for tensor, key in template.tensors:
+            names[tensor.name] = f"{weights}/{key or tensor.name}"
             # What is no weight is a constant of the translation.
-            value = state.get(tensor.name)
-            array = numpy_helper.to_array(tensor) if value is None else value.numpy()
+            array = state[key].numpy() if key else numpy_helper.to_array(tensor)
             self.graph.constant(names[tensor.name], array)
-        for node in template.node:
+        for node in template.nodes:
             copied = NodeProto()
             copied.CopyFrom(node)
             copied.input[:] = [names.get(i, f"{name}/{i}") if i else "" for i in node.input]
@@ -356,12 +374,12 @@ class _FeedForwardGate:
 
     def __init__(
         self,
-        gate: FFGateI | FFGateII,
+        units: Sequence["_Column"],
         graph: _Graph,
         parts: _Parts,
         features: Sequence[Tensor],
     ) -> None:
-        self.gate, self.graph, self.parts, self.features = gate, graph, parts, features
+        self.units, self.graph, self.parts, self.features = units, graph, parts, features
         self.threshold = np.zeros(1, np.float32)
 
     def start(self, features: str) -> None:
@@ -372,8 +390,7 @@ class _FeedForwardGate:
 
     def logit(self, index: int, features: str) -> str:
         """Logit, [batch, 1]."""
-        unit = _Column(self.gate.units[index - 1])
-        example = [self.features[index]]
+        unit, example = self.units[index - 1], [self.features[index]]
         name = f"gate{index}"
         return self.parts.place(self.graph, unit, example, name, [features], f"{name}/logit")
 
@@ -399,13 +416,11 @@ class _Column(nn.Module):
         return column
 
 
-def _gate(
-    gate: Gate, graph: _Graph, parts: _Parts, examples: _Examples
-) -> "_RecurrentGate | _FeedForwardGate":
-    if isinstance(gate, RNNGate):
-        return _RecurrentGate(gate, graph)
+def _columns(gate: Gate | None) -> list[_Column]:
+    if gate is None or isinstance(gate, RNNGate):
+        return []
     if isinstance(gate, FFGateI | FFGateII):
-        return _FeedForwardGate(gate, graph, parts, examples.features)
+        return [_Column(unit) for unit in gate.units]
     raise UserError(f"cannot export gates of kind {type(gate).__name__}: use rnn, ff1 or ff2")
 
 
@@ -419,27 +434,89 @@ def _value(name: str, kind: int, shape: Iterable[int | str]) -> onnx.ValueInfoPr
     return helper.make_tensor_value_info(name, kind, list(shape))
 
 
-def _translate(module: nn.Module, example: Sequence[Tensor]) -> onnx.GraphProto:
-    """Export a module with a batch size left open."""
+@dataclass
+class _Template:
+    """A module as nodes.
+
+    Attributes:
+        nodes: The nodes, in order.
+        tensors: What they read, and the key in the module's state if it is one of its weights.
+        inputs: Names of the inputs.
+        output: Name of the output.
+    """
+
+    nodes: list[NodeProto]
+    tensors: list[tuple[TensorProto, str]]
+    inputs: list[str]
+    output: str
+
+
+class _SideBySide(nn.Module):
+    """Modules that have nothing to do with each other: one call of the exporter takes them all."""
+
+    def __init__(self, modules: Sequence[nn.Module], arity: Sequence[int]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(modules)
+        self.arity = arity
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        rest = iter(inputs)
+        return tuple(
+            part(*islice(rest, count)) for part, count in zip(self.parts, self.arity, strict=True)
+        )
+
+
+def _translate(parts: Sequence[tuple[nn.Module, Sequence[Tensor]]]) -> list[_Template]:
+    """Export modules with their batch sizes left open."""
+    # Copies, so that each has weights of its own even where a network uses a module twice.
+    modules = [copy.deepcopy(module) for module, _ in parts]
+    together = _SideBySide(modules, [len(example) for _, example in parts])
+    # A batch size of its own for each, so that none is read off another's input.
+    sizes = [
+        {0: torch.export.Dim(f"batch{index}")} for index, (_, e) in enumerate(parts) for _ in e
+    ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # The exporter's own, about itself.
         program = torch.onnx.export(
-            module.eval(),
-            tuple(tensor.clone() for tensor in example),
+            together.eval(),
+            tuple(tensor.clone() for _, example in parts for tensor in example),
             dynamo=True,
             opset_version=OPSET,
-            dynamic_shapes=tuple({0: torch.export.Dim("batch")} for _ in example),
+            dynamic_shapes=(tuple(sizes),),
             # Each instance brings its own weights: nothing may be computed from these ones.
             optimize=False,
             verbose=False,
         )
     assert program is not None
     graph: onnx.GraphProto = program.model_proto.graph
-    assert len(graph.output) == 1 and len(graph.input) == len(example)
-    return graph
+    inputs = iter([value.name for value in graph.input])
+    return [
+        _cut(graph, list(islice(inputs, len(example))), output.name, module, f"parts.{index}.")
+        for index, ((module, example), output) in enumerate(zip(parts, graph.output, strict=True))
+    ]
 
 
-def _signature(module: nn.Module) -> Any:
+def _cut(
+    graph: onnx.GraphProto, inputs: list[str], output: str, module: nn.Module, prefix: str
+) -> _Template:
+    """The nodes that lead from inputs to an output."""
+    needed, nodes = {output}, []
+    for node in reversed(graph.node):
+        if needed.intersection(node.output):
+            nodes.append(node)
+            needed.update(node.input)
+    state = module.state_dict()
+    tensors = [
+        (tensor, key if (key := tensor.name.removeprefix(prefix)) in state else "")
+        for tensor in graph.initializer
+        if tensor.name in needed
+    ]
+    others = {value.name for value in graph.input} & needed - set(inputs)
+    assert not others, f"{prefix} reads inputs of another part: {others}"
+    return _Template(nodes[::-1], tensors, inputs, output)
+
+
+def _signature(module: nn.Module, example: Sequence[Tensor]) -> str:
     """What makes the translation of a module, its weights aside."""
     parts: list[Any] = []
     for name, layer in module.named_modules():
@@ -454,4 +531,4 @@ def _signature(module: nn.Module) -> Any:
         code = layer.code if isinstance(layer, torch.fx.GraphModule) else ""
         parts.append((name, type(layer).__qualname__, code, repr(own) if not code else ""))
     weights = [(name, tensor.shape, tensor.dtype) for name, tensor in module.state_dict().items()]
-    return repr((parts, weights))
+    return repr((parts, weights, [tensor.shape for tensor in example]))
