@@ -12,7 +12,7 @@ import torch
 import tyro
 
 from skipnet import ImageSet
-from skipnet.data import TrainLoader
+from skipnet.data.loaders import TrainLoader
 from skipnet.training.run import environment
 
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from skipnet.analysis.evaluate import evaluate as evaluate
     from skipnet.data.sources import DataConfig as DataConfig
     from skipnet.data.sources import ImageSet as ImageSet
+    from skipnet.errors import Interrupted as Interrupted
     from skipnet.errors import UserError as UserError
     from skipnet.execution.export import export as export
     from skipnet.execution.session import InferenceSession as InferenceSession
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from skipnet.routing.network import SkipNet as SkipNet
     from skipnet.routing.trace import Routing as Routing
     from skipnet.training.config import TrainConfig as TrainConfig
-    from skipnet.training.loop import Interrupted as Interrupted
     from skipnet.training.train import train as train
 
 __version__ = importlib.metadata.version("skipnet")
@@ -43,7 +43,7 @@ __version__ = importlib.metadata.version("skipnet")
 _HOMES = {
     "analysis.evaluate": ("Evaluation", "evaluate"),
     "data.sources": ("DataConfig", "ImageSet"),
-    "errors": ("UserError",),
+    "errors": ("Interrupted", "UserError"),
     "execution.export": ("export",),
     "execution.session": ("InferenceSession",),
     "models": ("create", "list_models", "register"),
@@ -55,7 +55,6 @@ _HOMES = {
     "routing.network": ("SkipNet",),
     "routing.trace": ("Routing",),
     "training.config": ("TrainConfig",),
-    "training.loop": ("Interrupted",),
     "training.train": ("train",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

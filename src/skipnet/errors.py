@@ -1,4 +1,4 @@
-"""The one exception that is the user's to mend."""
+"""What ends a command in other ways than success or a defect of ours."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
     The commands print it as one line and exit with a non-zero status; any other exception is a
     defect of ours and keeps its traceback.
     """
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has left a checkpoint to go on from."""

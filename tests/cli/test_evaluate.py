@@ -10,6 +10,7 @@ from harness import run_command, write_parquet
 
 import skipnet
 from skipnet import cli
+from skipnet.commands import models
 from skipnet.data.sources import load_split
 from skipnet.training.run import RunDirectory
 
@@ -134,5 +135,5 @@ def test_last_line_is_all_of_stdout_for_a_script(digits_run: Path, tmp_path: Pat
 
 
 def test_the_function_is_the_command(digits_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = cli.evaluate(digits_run, stage="sp")
+    result = models.evaluate(digits_run, stage="sp")
     assert json.loads(capsys.readouterr().out) == result

@@ -1,5 +1,6 @@
 """The help of every command, word by word: a flag is made on purpose."""
 
+import importlib
 import os
 from pathlib import Path
 
@@ -16,6 +17,9 @@ COMMANDS = {
     "evaluate": ["evaluate", "--help"],
     "info": ["info", "--help"],
     "list": ["list", "--help"],
+    "export": ["export", "--help"],
+    "predict": ["predict", "--help"],
+    "benchmark": ["benchmark", "--help"],
 }
 
 
@@ -54,3 +58,13 @@ def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == "0.1.0\n"
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_summary_is_the_command_s_own(name: str) -> None:
+    """The list of commands is printed without importing them, so it says it once more."""
+    place, summary = cli.COMMANDS[name]
+    module, function = place.split(":")
+    home = importlib.import_module(f"skipnet.commands.{module}")
+    command = getattr(home, name if function == "main" else function)
+    assert command.__doc__.splitlines()[0].startswith(summary.removesuffix("."))

@@ -89,7 +89,7 @@ def test_list_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    models = show(capsys, "list", "models", "--pattern", "*resnet3?")
+    models = show(capsys, "list", "models", "--pattern", "cifar*resnet3?")
     names = [line.split()[0] for line in models.splitlines()[1:]]
     assert names == ["cifar_resnet32", "cifar_resnet38"]
     assert show(capsys, "list", "models", "--pattern", "vgg*") == "models:\n  (none)\n"

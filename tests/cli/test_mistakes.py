@@ -29,6 +29,7 @@ from harness import (
 
 import skipnet
 from skipnet import cli
+from skipnet.commands import models
 from skipnet.models.weights import write_tensors
 
 Mistake = Callable[..., str]
@@ -511,6 +512,6 @@ def test_defect_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> 
     def broken() -> None:
         raise ValueError("a defect")
 
-    monkeypatch.setattr(skipnet.cli, "list_recipes", broken)
+    monkeypatch.setattr(models, "list_recipes", broken)
     with pytest.raises(ValueError, match="a defect"):
         cli.main(["list"])

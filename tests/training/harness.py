@@ -85,6 +85,7 @@ def quick_and_private(
 ) -> Iterator[None]:
     """Tiny networks are registered, timing takes no time, caches are private, one thread."""
     monkeypatch.setattr(registry, "_BUILDERS", dict(registry._BUILDERS))
+    monkeypatch.setattr(registry, "_DEFAULTS", dict(registry._DEFAULTS))
     register_tiny_networks()
     quick = functools.partial(train_module.throughput, seconds=0)
     monkeypatch.setattr(train_module, "throughput", quick)
@@ -378,7 +379,14 @@ class Rank:
 
 
 # The server does not see pytest's import path, and so not this module itself.
-PRELOAD = ["skipnet.cli", "lightning_fabric", "datasets", "sklearn.model_selection", "pytest"]
+PRELOAD = [
+    "skipnet.commands.train",
+    "skipnet.commands.models",
+    "lightning_fabric",
+    "datasets",
+    "sklearn.model_selection",
+    "pytest",
+]
 
 
 def free_port() -> int:

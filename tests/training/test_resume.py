@@ -21,7 +21,7 @@ from harness import (
 )
 
 import skipnet
-from skipnet.training.loop import Interrupted, StopRequest
+from skipnet.training.loop import StopRequest
 
 # Steps are counted through all stages: 1 to 6 are dense, 7 to 12 SP, and 13 to 18 HRL. The HRL
 # stage draws batch 0 once more before its first step, to sharpen the gates.
@@ -192,7 +192,7 @@ def test_resume_by_function_in_one_process(tmp_path: Path, monkeypatch: pytest.M
 
     config.checkpoint_seconds = 1000
     monkeypatch.setattr(skipnet.data.loaders.TrainLoader, "batch", stop_at_4)
-    with pytest.raises(Interrupted, match="stage sp at step 5 of 6"):
+    with pytest.raises(skipnet.Interrupted, match="stage sp at step 5 of 6"):
         skipnet.train(config, output=tmp_path / "parts")
     parts = skipnet.train(config, resume=tmp_path / "parts").path
     assert_same_weights(parts / "sp.safetensors", whole / "sp.safetensors")

@@ -7,14 +7,15 @@ import torch
 
 import skipnet
 from skipnet import ModelInfo, UserError
-from skipnet.models import Architecture, describe
+from skipnet.models import Architecture, defaults_of, describe
 from skipnet.models.resnet_cifar import cifar_resnet
 
-NAMES = [f"cifar_resnet{depth}" for depth in (20, 32, 38, 44, 56, 74, 110, 152)]
+CIFAR = [f"cifar_resnet{depth}" for depth in (20, 32, 38, 44, 56, 74, 110, 152)]
+IMAGENET = [f"resnet{depth}" for depth in (18, 34, 50, 101, 152)]
 
 
 def test_list_models_in_order_of_registration() -> None:
-    assert [name for name in skipnet.list_models() if name in NAMES] == NAMES
+    assert [name for name in skipnet.list_models() if name in CIFAR + IMAGENET] == CIFAR + IMAGENET
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,8 @@ def info(architecture: Architecture) -> ModelInfo:
 @pytest.mark.parametrize(
     ("name", "gate"),
     [
-        *((name, gate) for name in skipnet.list_models() for gate in (None, "rnn")),
+        *((name, gate) for name in CIFAR for gate in (None, "rnn")),
+        *(pytest.param(name, "rnn", marks=pytest.mark.slow) for name in IMAGENET),
         ("cifar_resnet20", "ff1"),
         ("cifar_resnet38", "ff1"),
         ("cifar_resnet110", "ff2"),
@@ -63,7 +65,8 @@ def test_forward_backward_save_load(name: str, gate: str | None, tmp_path: Path)
     torch.manual_seed(0)
     network = architecture.build().train()
     assert network.num_gates == (0 if gate is None else len(network.blocks) - 1)
-    logits, _ = network(torch.randn(2, 1, 8, 8), decide="straight-through")
+    size = defaults_of(name).image_size // 4  # Two by two pixels in the last stage.
+    logits, _ = network(torch.randn(2, 1, size, size), decide="straight-through")
     assert logits.shape == (2, 7)
     logits.square().sum().backward()
     for key, parameter in network.named_parameters():
@@ -73,7 +76,7 @@ def test_forward_backward_save_load(name: str, gate: str | None, tmp_path: Path)
     loaded, read = skipnet.load(tmp_path / "model.safetensors")
     assert read == info(architecture)
     assert not loaded.training
-    images = torch.randn(2, 1, 8, 8)
+    images = torch.randn(2, 1, size, size)
     network.eval()
     with torch.no_grad():
         (expected, before), (actual, after) = network(images), loaded(images)
@@ -101,7 +104,12 @@ def test_numbers_that_are_not_positive(option: str, value: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
-    [("resnet38", "cifar_resnet38"), ("cifar_resnet1100", "cifar_resnet110"), ("?!", "152")],
+    [
+        ("cifar_resnet39", "cifar_resnet38"),
+        ("resnet51", "resnet50"),
+        ("cifar_resnet1100", "cifar_resnet110"),
+        ("?!", "152"),
+    ],
 )
 def test_unknown_model_names_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(UserError, match=f"unknown model .*did you mean .*{nearest}"):

@@ -7,7 +7,9 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -42,8 +44,11 @@ TOLERANCE = 1e-4
 WARM_UP = 3
 BENCHMARK_SEED_TAG = 7001
 
-# Images in; logits out, and decisions of engines that skip.
-Run = Callable[[], tuple[np.ndarray, np.ndarray | None]]
+SURE = 1e-4
+"""How far a gate's logit must be from the threshold for its decision to be compared."""
+
+# The number of a batch in; logits out, and decisions of engines that skip.
+Run = Callable[[int], tuple[np.ndarray, np.ndarray | None]]
 
 
 @dataclass(kw_only=True)
@@ -70,6 +75,7 @@ def benchmark(
     info: ModelInfo,
     images: Tensor,
     *,
+    batch_size: int | None = None,
     keep: float | None = None,
     seed: int = 0,
     threads: int = 1,
@@ -77,55 +83,53 @@ def benchmark(
     engines: Sequence[EngineName] = ENGINES,
     report: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Time one batch in every engine.
+    """Time batches in every engine.
 
     Every engine's logits and decisions are compared with masked execution before it is timed. The
-    engines take turns, so that whatever else the machine does falls on all of them.
+    engines take turns, batch by batch, so that whatever else the machine does falls on all of them.
 
     Args:
         network: A network with gates.
         info: Its preprocessing and image size.
-        images: One batch, [batch, channels, height, width], normalised.
+        images: One batch or several, [images, channels, height, width], normalised; those that do
+            not fill a batch are left out.
+        batch_size: Images a batch; all of them if not given.
         keep: Share of blocks to run, at random, whatever the gates say (they are computed all the
             same); None lets the gates decide.
-        seed: Of the random decisions.
+        seed: Of the random decisions, which are the same for every batch.
         threads: Threads of every engine.
         repeats: Turns of every engine.
-        engines: Which to time. `dense-onnx` is timed always; `dense-openvino` is left out where it
-            is not installed.
+        engines: Which to time. `dense-onnx` is timed always. One that cannot be had here
+            (`dense-openvino` not installed, `dense-compile` without a C++ compiler) is left out
+            with a warning.
         report: Is told what is being done.
 
     Returns:
         The fields of the JSON object of `skipnet benchmark`.
 
     Raises:
-        UserError: When the network has no gates, or an engine's results are wrong.
+        UserError: When the network has no gates, a setting is out of range, or an engine's results
+            are wrong.
     """
-    if not network.num_gates:
-        raise UserError("a dense network has no blocks to skip: benchmark one with gates")
-    if repeats < 1:
-        raise UserError(f"repeats must be at least 1, not {repeats}")
-    if keep is not None and not 0 <= keep <= 1:
-        raise UserError(f"keep must lie in [0, 1], not {keep}")
-    torch.set_num_threads(threads)
+    batch_size = len(images) if batch_size is None else batch_size
+    _demand(network, len(images), batch_size, keep, threads, repeats)
+    batches = images[: len(images) // batch_size * batch_size].split(batch_size)
     network = network.fuse().cpu()
     mask = None
     if keep is not None:
         drawn = np.random.default_rng(sub_seed(seed, BENCHMARK_SEED_TAG, 0))
-        mask = drawn.random((len(images), network.num_gates)) < keep
-    with torch.inference_mode():
-        logits, routing = network(images, decide=_decision(mask), execute="masked")
-    with tempfile.TemporaryDirectory() as folder:
-        bench = _Bench(network, info, images, mask, routing.executed.numpy(), threads, Path(folder))
+        mask = drawn.random((batch_size, network.num_gates)) < keep
+    with _threads(threads), tempfile.TemporaryDirectory() as folder:
+        bench = _Bench(network, info, batches, mask, threads, Path(folder))
         runs: dict[str, Run] = {}
         for name in [engine for engine in ENGINES if engine in engines or engine == "dense-onnx"]:
             report(f"preparing {name}")
             run = bench.prepare(name)
             if run is not None:
-                bench.check(name, run, logits.numpy())
+                bench.check(name, run)
                 runs[name] = run
-        times = _take_turns(runs, repeats, report)
-    fraction = routing.macs_fraction
+        times = _take_turns(runs, len(batches), repeats, report)
+    fraction = bench.macs_fraction
     if "bound" in engines and "bound" not in times:
         times["bound"] = [value * fraction for value in times["dense-onnx"]]
     base = statistics.median(times["dense-onnx"])
@@ -134,8 +138,8 @@ def benchmark(
         "model": info.architecture.name,
         "gate": info.architecture.gate,
         "keep": keep,
-        "keep_rate": float(routing.keep_rates.mean()),
-        "batch_size": len(images),
+        "keep_rate": bench.keep_rate,
+        "batch_size": batch_size,
         "threads": threads,
         "image_size": list(images.shape[2:]),
         "macs_fraction": fraction,
@@ -144,6 +148,36 @@ def benchmark(
         "versions": versions(),
         "rows": [vars(row) for row in rows],
     }
+
+
+def _demand(
+    network: SkipNet,
+    num_images: int,
+    batch_size: int,
+    keep: float | None,
+    threads: int,
+    repeats: int,
+) -> None:
+    if not network.num_gates:
+        raise UserError("a dense network has no blocks to skip: benchmark one with gates")
+    for name, value in (("batch_size", batch_size), ("threads", threads), ("repeats", repeats)):
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, not {value}")
+    if num_images < batch_size:
+        raise UserError(f"{num_images} images do not fill a batch of {batch_size}")
+    if keep is not None and not 0 <= keep <= 1:
+        raise UserError(f"keep must lie in [0, 1], not {keep}")
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Let torch use so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def settle(network: SkipNet, images: Tensor) -> None:
@@ -161,23 +195,34 @@ def settle(network: SkipNet, images: Tensor) -> None:
 
 
 class _Bench:
-    """Prepares and checks engines."""
+    """Prepares and checks engines.
+
+    Attributes:
+        macs_fraction: Multiply-adds executed, mean over all images, as a share of dense.
+        keep_rate: Share of gated blocks run.
+    """
 
     def __init__(
         self,
         network: SkipNet,
         info: ModelInfo,
-        images: Tensor,
+        batches: Sequence[Tensor],
         mask: np.ndarray | None,
-        executed: np.ndarray,
         threads: int,
         folder: Path,
     ) -> None:
-        self.network, self.images, self.mask, self.executed = network, images, mask, executed
-        height, width = images.shape[2:]
+        self.network, self.mask, self.threads, self.folder = network, mask, threads, folder
+        height, width = batches[0].shape[2:]
         self.info = replace(info, image_size=(height, width))
-        self.threads, self.folder = threads, folder
-        self.array = images.numpy()
+        self.batches = batches
+        self.arrays = [batch.numpy() for batch in batches]
+        with torch.inference_mode():
+            self.expected = [
+                network(batch, decide=_decision(mask), execute="masked") for batch in batches
+            ]
+        routings = [routing for _, routing in self.expected]
+        self.macs_fraction = statistics.fmean(routing.macs_fraction for routing in routings)
+        self.keep_rate = statistics.fmean(float(routing.keep_rates.mean()) for routing in routings)
 
     def prepare(self, name: str) -> Run | None:
         """An engine as a function; None where it cannot be had, or is derived from another."""
@@ -185,9 +230,9 @@ class _Bench:
             case "dense-torch":
                 return self._torch(self._dense(), execute="masked")
             case "dense-compile":
-                return self._torch(self._dense(), execute="masked", compiled=True)
+                return self._compiled()
             case "dense-onnx":
-                return self._onnx(self._dense(), "dense")
+                return self._onnx(self._dense())
             case "dense-openvino":
                 return self._openvino()
             case "masked" | "compacted":
@@ -195,25 +240,31 @@ class _Bench:
             case "portable" | "optimized":
                 return self._session(optimize=name == "optimized")
             case _:
-                one_way = self.mask is not None and len(self.images) == 1
-                return self._onnx(self._pruned(), "bound") if one_way else None
+                if self.mask is None or len(self.mask) > 1:
+                    return None
+                return self._onnx(self._pruned(self.mask[0]))
 
-    def check(self, name: str, run: Run, expected: np.ndarray) -> None:
+    def check(self, name: str, run: Run) -> None:
         """Compare an engine with masked execution, or with the dense network.
 
         Raises:
             UserError: When it differs.
         """
-        logits, decisions = run()
-        if name.startswith("dense"):
-            with torch.inference_mode():
-                expected = self._dense()(self.images)[0].numpy()
-        error = np.abs(logits - expected).max()
-        bad = not error <= TOLERANCE * max(1.0, float(np.abs(expected).max()))
-        if decisions is not None and not np.array_equal(decisions, self.executed):
-            raise UserError(f"{name} decides otherwise than masked execution: this is a defect")
-        if bad:
-            raise UserError(f"{name} gives logits that are {error:.2g} off: this is a defect")
+        for index, batch in enumerate(self.batches):
+            logits, decisions = run(index)
+            expected, routing = self.expected[index]
+            sure = np.ones(len(batch), bool)
+            if name.startswith("dense"):
+                with torch.inference_mode():
+                    expected, _ = self._dense()(batch)
+            elif decisions is not None:
+                if self.mask is None:
+                    sure = (routing.logits.abs() > SURE).all(dim=1).numpy()
+                if not np.array_equal(decisions[sure], routing.executed.numpy()[sure]):
+                    raise UserError(f"{name} decides otherwise than masked execution: a defect")
+            error = np.abs(logits - expected.numpy())[sure].max(initial=0.0)
+            if not error <= TOLERANCE * max(1.0, float(expected.abs().max())):
+                raise UserError(f"{name} gives logits that are {error:.2g} off: a defect")
 
     def _dense(self) -> SkipNet:
         network = self.network
@@ -221,9 +272,9 @@ class _Bench:
             network.stem, list(network.blocks), list(network.shortcuts), network.head
         ).eval()
 
-    def _pruned(self) -> SkipNet:
+    def _pruned(self, executed: np.ndarray) -> SkipNet:
         """The network without the blocks that are skipped, and without gates."""
-        kept = [True, *self.executed[0].tolist()]
+        kept = [True, *executed.tolist()]
         network = self.network
         blocks = [
             block if keep else _Bypass() for block, keep in zip(network.blocks, kept, strict=True)
@@ -231,7 +282,7 @@ class _Bench:
         return SkipNet(network.stem, blocks, list(network.shortcuts), network.head).eval()
 
     def _torch(self, network: SkipNet, *, execute: Any, compiled: bool = False) -> Run:
-        images = self.images.to(memory_format=torch.channels_last)
+        batches = [batch.to(memory_format=torch.channels_last) for batch in self.batches]
         network = network.to(memory_format=torch.channels_last)
         decide = _decision(self.mask if network.num_gates else None)
 
@@ -239,22 +290,36 @@ class _Bench:
             logits, routing = network(batch, decide=decide, execute=execute)
             return logits, routing.decisions
 
-        function: Any = torch.compile(forward) if compiled else forward
+        function: Any = forward
+        if compiled:
+            function = torch.compile(forward, options={"freezing": True})
 
-        def run() -> tuple[np.ndarray, np.ndarray | None]:
+        def run(index: int) -> tuple[np.ndarray, np.ndarray | None]:
             with torch.inference_mode():
-                logits, decisions = function(images)
+                logits, decisions = function(batches[index])
             return logits.numpy(), decisions.numpy() > 0 if network.num_gates else None
 
         return run
 
-    def _onnx(self, network: SkipNet, name: str) -> Run:
+    def _compiled(self) -> Run | None:
+        run = self._torch(self._dense(), execute="masked", compiled=True)
+        try:
+            run(0)
+        except Exception as error:  # Of the compiler, or that there is none.
+            reason = str(error).strip().splitlines()[0]
+            warnings.warn(f"dense-compile is left out: {reason}", stacklevel=2)
+            return None
+        return run
+
+    def _onnx(self, network: SkipNet) -> Run:
         from skipnet.execution.export import to_onnx
         from skipnet.execution.portable import IMAGES, open_session
 
         model = to_onnx(network, self._info_of_dense()).SerializeToString()
-        session = open_session(model, threads=self.threads, providers=["CPUExecutionProvider"])
-        return lambda: (session.run(None, {IMAGES: self.array})[0], None)
+        session = open_session(
+            model, threads=self.threads, providers=["CPUExecutionProvider"], spin=False
+        )
+        return lambda index: (session.run(None, {IMAGES: self.arrays[index]})[0], None)
 
     def _openvino(self) -> Run | None:
         if importlib.util.find_spec("openvino") is None:
@@ -265,9 +330,20 @@ class _Bench:
 
         path = self.folder / "dense.onnx"
         path.write_bytes(to_onnx(self._dense(), self._info_of_dense()).SerializeToString())
-        compiled = openvino.compile_model(path, "CPU", {"INFERENCE_NUM_THREADS": self.threads})
+        model = openvino.Core().read_model(path)
+        model.reshape(list(self.arrays[0].shape))
+        hints = {
+            "INFERENCE_NUM_THREADS": self.threads,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": "f32",
+        }
+        compiled = openvino.compile_model(model, "CPU", hints)
         request = compiled.create_infer_request()
-        return lambda: (request.infer({0: self.array})[compiled.output(0)], None)
+
+        def run(index: int) -> tuple[np.ndarray, None]:
+            return request.infer({0: self.arrays[index]})[compiled.output(0)], None
+
+        return run
 
     def _session(self, *, optimize: bool) -> Run | None:
         from skipnet.execution.export import to_onnx
@@ -277,13 +353,17 @@ class _Bench:
         if not path.exists():
             path.write_bytes(to_onnx(self.network, self.info, forced=self.mask).SerializeToString())
         session = InferenceSession(
-            path, threads=self.threads, optimize=optimize, providers=["CPUExecutionProvider"]
+            path,
+            threads=self.threads,
+            optimize=optimize,
+            providers=["CPUExecutionProvider"],
+            spin=False,
         )
         if optimize and session.engine != "optimized":  # It has said why.
             return None
 
-        def run() -> tuple[np.ndarray, np.ndarray | None]:
-            logits, routing = session.run(self.array)
+        def run(index: int) -> tuple[np.ndarray, np.ndarray | None]:
+            logits, routing = session.run(self.arrays[index])
             return logits, routing.decisions
 
         return run
@@ -304,7 +384,7 @@ def _decision(mask: np.ndarray | None) -> Any:
 
 
 def _take_turns(
-    runs: dict[str, Run], repeats: int, report: Callable[[str], None]
+    runs: dict[str, Run], num_batches: int, repeats: int, report: Callable[[str], None]
 ) -> dict[str, list[float]]:
     """Milliseconds of every turn of every engine; each turn starts with another one."""
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -314,7 +394,7 @@ def _take_turns(
         start = turn % len(names)
         for name in names[start:] + names[:start]:
             begin = time.perf_counter()
-            runs[name]()
+            runs[name](turn % num_batches)
             if turn >= 0:
                 times[name].append(1e3 * (time.perf_counter() - begin))
     return times

@@ -19,8 +19,19 @@ from skipnet.errors import UserError
 Encoded = bytes | Path | None
 """An encoded image, the file that holds it, or None where the data set has neither."""
 
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 PROGRESS_AFTER_SECONDS = 2.0
 SHOWN_BAD_IMAGES = 5
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Image files anywhere below a folder, by their suffix, in order; hidden ones are left out."""
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
 
 
 def to_pixels(image: Image.Image, channels: int | None, image_size: int | None) -> np.ndarray:

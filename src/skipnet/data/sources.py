@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from skipnet.data.decode import Encoded, decode_images, to_pixels
+from skipnet.data.decode import Encoded, decode_images, image_files, to_pixels
 from skipnet.errors import UserError
 
 if TYPE_CHECKING:  # datasets takes a second to import, so only the functions that read with it do
@@ -23,7 +23,6 @@ Split = Literal["train", "test"]
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 TEST_SPLITS = ("test", "validation", "valid", "val")
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 DIGITS_TEST_IMAGES = 360
 
 
@@ -457,12 +456,7 @@ def _folder_split(folder: Path) -> _Split:
     files: list[Path] = []
     labels: list[str] = []
     for class_folder in _class_folders(folder):
-        images = sorted(
-            file
-            for file in class_folder.rglob("*")
-            if file.suffix.lower() in IMAGE_SUFFIXES
-            and not any(part.startswith(".") for part in file.relative_to(class_folder).parts)
-        )
+        images = image_files(class_folder)
         if not images:
             raise UserError(f"{class_folder} has no images; add some or remove the folder")
         files += images

@@ -97,6 +97,7 @@ def open_session(
     *,
     threads: int | None,
     providers: list[str],
+    spin: bool = True,
     custom_ops: Path | None = None,
     **settings: Any,
 ) -> Any:
@@ -106,6 +107,7 @@ def open_session(
         model: Path, or the model itself.
         threads: Threads of one call; all cores if None.
         providers: Execution providers.
+        spin: Let its threads wait for the next call by spinning.
         custom_ops: Library of further operators.
         **settings: Further fields of its `SessionOptions`.
     """
@@ -114,6 +116,8 @@ def open_session(
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
+    if not spin:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     if custom_ops is not None:
         options.register_custom_ops_library(str(custom_ops))
     for name, value in settings.items():

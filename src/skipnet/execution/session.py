@@ -26,6 +26,8 @@ class InferenceSession:
             there can be none (a warning says why), the portable file itself is run.
         providers: ONNX Runtime's execution providers; CUDA's if there, else the CPU's. The
             optimised engine is for the CPU alone.
+        spin: Let threads wait for the next call by spinning: it starts sooner, and they keep their
+            cores from other work meanwhile.
 
     Attributes:
         info: What the file says about itself: image size, preprocessing, classes, multiply-adds.
@@ -42,6 +44,7 @@ class InferenceSession:
         threads: int | None = None,
         optimize: bool = True,
         providers: list[str] | None = None,
+        spin: bool = True,
     ) -> None:
         path = Path(path)
         if threads is not None and threads < 1:
@@ -52,11 +55,13 @@ class InferenceSession:
         self._runner: _Portable | _Optimized | None = None
         if optimize and providers == ["CPUExecutionProvider"] and self.info.cost.gates:
             try:
-                self._runner = _Optimized(optimized.build(path, data, self.info), self._threads)
+                self._runner = _Optimized(
+                    optimized.build(path, data, self.info), self._threads, spin
+                )
             except DoesNotFit as reason:
                 warnings.warn(f"{path} is run as it is, not optimised: {reason}", stacklevel=2)
         if self._runner is None:
-            self._runner = _Portable(path, data, self._threads, providers)
+            self._runner = _Portable(path, data, self._threads, providers, spin)
         self.engine = "optimized" if isinstance(self._runner, _Optimized) else "portable"
 
     def run(self, images: np.ndarray) -> tuple[np.ndarray, Routing]:
@@ -106,10 +111,12 @@ class InferenceSession:
 class _Portable:
     """The file as it is, in ONNX Runtime."""
 
-    def __init__(self, path: Path, data: bytes, threads: int, providers: list[str]) -> None:
+    def __init__(
+        self, path: Path, data: bytes, threads: int, providers: list[str], spin: bool
+    ) -> None:
         ort = onnxruntime()
         try:
-            self.session = open_session(data, threads=threads, providers=providers)
+            self.session = open_session(data, threads=threads, providers=providers, spin=spin)
         except Exception as error:
             if not type(error).__module__.startswith(ort.__name__):
                 raise
@@ -124,10 +131,10 @@ class _Portable:
 class _Optimized:
     """The engine for this machine: one image with all threads, or a thread an image in a batch."""
 
-    def __init__(self, engine: optimized.Engine, threads: int) -> None:
+    def __init__(self, engine: optimized.Engine, threads: int, spin: bool) -> None:
         self.engine, self.threads = engine, threads
         self.lock = threading.Lock()
-        self.single = engine.open(threads=threads)
+        self.single = engine.open(threads=threads, spin=spin)
         # What runs rows side by side; made when the first batch comes.
         self.row = self.single if threads == 1 else None
         self.pool: ThreadPoolExecutor | None = None

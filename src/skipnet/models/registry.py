@@ -4,7 +4,7 @@ import difflib
 import fnmatch
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from skipnet.errors import UserError
 from skipnet.routing.gates import GATES, GateName
@@ -12,7 +12,23 @@ from skipnet.routing.network import SkipNet
 
 Builder = Callable[[GateName | None, int, int], SkipNet]
 
+
+class Defaults(NamedTuple):
+    """The data set a network is known for.
+
+    Attributes:
+        image_size: Height and width of its images.
+        num_classes: Number of its classes.
+    """
+
+    image_size: int
+    num_classes: int
+
+
+CIFAR10, IMAGENET = Defaults(32, 10), Defaults(224, 1000)
+
 _BUILDERS: dict[str, Builder] = {}
+_DEFAULTS: dict[str, Defaults] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,32 +77,55 @@ class Architecture:
         return asdict(self)
 
 
-def register(builder: Builder) -> Builder:
-    """Put a function `(gate, num_classes, in_channels) -> SkipNet` into the registry."""
+def register(builder: Builder, defaults: Defaults = CIFAR10) -> Builder:
+    """Put a function `(gate, num_classes, in_channels) -> SkipNet` into the registry.
+
+    Args:
+        builder: The function; its name is the network's.
+        defaults: Of the data set the network is known for.
+    """
     name = builder.__name__
     if name in _BUILDERS and _BUILDERS[name].__module__ != builder.__module__:
         raise UserError(f"{name} is already the name of a network: choose another")
     _BUILDERS[name] = builder
+    _DEFAULTS[name] = defaults
     return builder
 
 
 def create(
-    name: str, *, gate: GateName | None = None, num_classes: int = 10, in_channels: int = 3
+    name: str,
+    *,
+    gate: GateName | None = None,
+    num_classes: int | None = None,
+    in_channels: int = 3,
 ) -> SkipNet:
     """Build a network with fresh weights.
 
     Args:
         name: Name in the registry, see `list_models`.
         gate: "rnn", "ff1", "ff2", or None for the dense network.
-        num_classes: Number of classes.
+        num_classes: Number of classes; that of the data set the network is known for (10 or 1000)
+            if not given.
         in_channels: Channels of the images.
 
     Raises:
         UserError: On an unknown name or gate, with the nearest known ones.
     """
+    if num_classes is None:
+        num_classes = defaults_of(name).num_classes
     return Architecture(
         name=name, gate=gate, num_classes=num_classes, in_channels=in_channels
     ).build()
+
+
+def defaults_of(name: str) -> Defaults:
+    """Return the defaults of a registered network.
+
+    Raises:
+        UserError: On an unknown name, with the nearest known ones.
+    """
+    Architecture(name=name).demand_known()
+    return _DEFAULTS[name]
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -1,12 +1,13 @@
 """ResNets for ImageNet (He et al. 2015), taken apart from torchvision's."""
 
+from functools import partial
 from typing import cast
 
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from skipnet.models.registry import register
+from skipnet.models.registry import IMAGENET, register
 from skipnet.routing.gates import GATES, GateName
 from skipnet.routing.network import SkipNet
 
@@ -65,31 +66,34 @@ def _resnet(depth: int, gate: GateName | None, num_classes: int, in_channels: in
     return take_apart(model, gate)
 
 
-@register
+_register = partial(register, defaults=IMAGENET)
+
+
+@_register
 def resnet18(gate: GateName | None, num_classes: int, in_channels: int) -> SkipNet:
     """ResNet-18 for ImageNet: 8 blocks, 1.81G multiply-adds at 224x224."""
     return _resnet(18, gate, num_classes, in_channels)
 
 
-@register
+@_register
 def resnet34(gate: GateName | None, num_classes: int, in_channels: int) -> SkipNet:
     """ResNet-34 for ImageNet: 16 blocks, 3.66G multiply-adds at 224x224."""
     return _resnet(34, gate, num_classes, in_channels)
 
 
-@register
+@_register
 def resnet50(gate: GateName | None, num_classes: int, in_channels: int) -> SkipNet:
     """ResNet-50 for ImageNet: 16 blocks, 4.09G multiply-adds at 224x224."""
     return _resnet(50, gate, num_classes, in_channels)
 
 
-@register
+@_register
 def resnet101(gate: GateName | None, num_classes: int, in_channels: int) -> SkipNet:
     """ResNet-101 for ImageNet: 33 blocks, 7.80G multiply-adds at 224x224."""
     return _resnet(101, gate, num_classes, in_channels)
 
 
-@register
+@_register
 def resnet152(gate: GateName | None, num_classes: int, in_channels: int) -> SkipNet:
     """ResNet-152 for ImageNet: 50 blocks, 11.51G multiply-adds at 224x224."""
     return _resnet(152, gate, num_classes, in_channels)

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from skipnet.analysis.evaluate import Evaluation
 from skipnet.data.loaders import TrainLoader
-from skipnet.errors import UserError
+from skipnet.errors import Interrupted, UserError
 from skipnet.routing.network import SkipNet
 from skipnet.tasks.task import Task
 from skipnet.training.config import OptimizerConfig, StageConfig, StageName, TrainConfig
@@ -26,10 +26,6 @@ from skipnet.training.schedule import learning_rate_factor
 
 if TYPE_CHECKING:  # Fabric takes as long to import as torch does; only training needs it
     from lightning_fabric import Fabric
-
-
-class Interrupted(Exception):
-    """The run was asked to stop, and has left a checkpoint to go on from."""
 
 
 class StopRequest:

@@ -14,7 +14,7 @@ from torch import Tensor
 from skipnet.analysis.evaluate import Evaluation, evaluate, throughput
 from skipnet.data.loaders import TrainLoader
 from skipnet.data.sources import ImageSet, load, normalization
-from skipnet.errors import UserError
+from skipnet.errors import Interrupted, UserError
 from skipnet.models.registry import Architecture
 from skipnet.models.weights import ModelInfo, load_weights, read_tensors, save
 from skipnet.models.weights import load as load_model
@@ -26,7 +26,7 @@ from skipnet.tasks.hybrid import AVERAGE_MOMENTUM, Budget, Hybrid
 from skipnet.tasks.supervised import Supervised
 from skipnet.tasks.task import Task
 from skipnet.training.config import HybridConfig, StageConfig, StageName, TrainConfig
-from skipnet.training.loop import Interrupted, StopRequest, fit, resume_command
+from skipnet.training.loop import StopRequest, fit, resume_command
 from skipnet.training.progress import Progress
 from skipnet.training.run import RunDirectory
 

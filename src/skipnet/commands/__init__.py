@@ -1,0 +1,1 @@
+"""The commands, each an importable function; `skipnet.cli` dispatches to them."""

@@ -1,0 +1,364 @@
+"""`skipnet evaluate | info | list | export`: what is done with networks that are there."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from skipnet.analysis.evaluate import evaluate as evaluate_model
+from skipnet.data.sources import DataConfig, load_split
+from skipnet.errors import UserError
+from skipnet.models import Architecture, defaults_of, describe, list_models
+from skipnet.models.weights import ModelInfo, load
+from skipnet.recipes import describe_recipe, list_recipes
+from skipnet.routing.decisions import Sample
+from skipnet.routing.gates import GateName
+from skipnet.routing.network import ExecutorName, SkipNet
+from skipnet.seeding import EVALUATION, sub_seed
+from skipnet.training.config import StageName
+from skipnet.training.run import RunDirectory
+
+TOLERANCE = 1e-4
+"""How far an export's logits may lie from PyTorch's, as a share of the largest."""
+
+SURE = 1e-4
+"""How far a gate's logit must be from the threshold to count."""
+
+
+def evaluate(
+    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")],
+    *,
+    data: str | None = None,
+    stage: StageName | None = None,
+    test_split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    on_bad_image: Literal["stop", "skip"] | None = None,
+    execute: ExecutorName = "compacted",
+    batch_size: int = 500,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure accuracy and computation on a test set; the last line of stdout is one JSON object.
+
+    Its fields: accuracy (percent), loss, macs (mean an image, gates included), macs_fraction (of
+    the dense network), blocks_fraction (the paper's count: the first block always counts as run),
+    keep_rates (one a gate), num_images, and, for a network with gates, the same for sampled
+    instead of thresholded decisions under "sampled".
+
+    Args:
+        model: A run directory or a model file.
+        data: digits, a Hugging Face hub name, or a folder of parquet files or images; what the run
+            was trained on if not given.
+        stage: Which stage of a run; its last finished one if not given.
+        test_split: Name of the split.
+        image_column: Column of the images; found by its type or name if not given.
+        label_column: Column of the labels; label, labels or fine_label if not given.
+        on_bad_image: Stop at an image that cannot be read, or leave it out with a warning.
+        execute: masked runs every block on every image, compacted only where it is needed.
+        batch_size: Images a batch.
+        seed: Of the sampled decisions.
+    """
+    path = locate(model, stage)
+    network, about = load(path)
+    source = test_source(
+        path,
+        about,
+        data,
+        test_split=test_split,
+        image_column=image_column,
+        label_column=label_column,
+        on_bad_image=on_bad_image,
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    images = load_split(source, "test", about.classes).to(device)
+    network.to(device)
+
+    def measure(**decide: Any) -> dict[str, Any]:
+        return evaluate_model(
+            network,
+            images,
+            mean=about.mean,
+            std=about.std,
+            execute=execute,
+            batch_size=batch_size,
+            **decide,
+        ).to_dict()
+
+    result = measure()
+    if network.num_gates:
+        generator = torch.Generator(device).manual_seed(sub_seed(seed, EVALUATION, 0))
+        result["sampled"] = measure(decide=Sample(generator))
+    print(json.dumps(result))
+    return result
+
+
+def info(
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")],
+    *,
+    stage: StageName | None = None,
+    gate: GateName | None = None,
+    num_classes: int | None = None,
+    in_channels: int = 3,
+    image_size: int | None = None,
+) -> None:
+    """Show a network's architecture, its multiply-adds by block, and the gates' share.
+
+    Args:
+        model: A run directory, a model file, or a name of the registry.
+        stage: Which stage of a run; its last finished one if not given.
+        gate: Kind of gate, for a name of the registry.
+        num_classes: Number of classes, for a name of the registry; 10 or 1000 if not given.
+        in_channels: Channels of the images, for a name of the registry.
+        image_size: Height and width of the images; those trained on, or 32 or 224, if not given.
+    """
+    if image_size is not None and image_size < 1:
+        raise UserError(f"image_size is {image_size}; set it to 1 or more pixels")
+    network, about = open_model(
+        model, stage=stage, gate=gate, num_classes=num_classes, in_channels=in_channels
+    )
+    size = about.image_size if image_size is None else (image_size, image_size)
+    console = Console(highlight=False)
+    _print_info(console, network, about.architecture, size, about.results)
+
+
+def list_(
+    what: tyro.conf.Positional[Literal["models", "recipes", "runs", "all"]] = "all",
+    *,
+    pattern: str = "*",
+    runs: Path = Path("runs"),
+) -> None:
+    """List networks, recipes and runs.
+
+    Args:
+        what: models, recipes, runs, or all of them.
+        pattern: Shell pattern of the models' names.
+        runs: Where run directories are.
+    """
+    if what in ("models", "all"):
+        _print_list("models", {name: describe(name) for name in list_models(pattern)})
+    if what in ("recipes", "all"):
+        _print_list("recipes", {name: describe_recipe(name) for name in list_recipes()})
+    if what in ("runs", "all"):
+        _print_list(f"runs in {runs}", {str(path): _describe_run(path) for path in _runs(runs)})
+
+
+def export(
+    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")],
+    output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE.onnx")],
+    *,
+    stage: StageName | None = None,
+) -> None:
+    """Write a trained network as one portable ONNX file in which skipped blocks are not computed.
+
+    Standard operators, any batch size; preprocessing and class names travel in the file. It is held
+    against PyTorch before the command ends.
+
+    Args:
+        model: A run directory or a model file.
+        output: The file to write; an earlier one is replaced.
+        stage: Which stage of a run; its last finished one if not given.
+    """
+    from skipnet.execution.export import export as export_network
+
+    if output.suffix != ".onnx":
+        raise UserError(f"the file to write must end in .onnx, and {output} does not")
+    network, about = load(locate(model, stage))
+    export_network(network, output, about)
+    error = _compare(network, about, output)
+    size = output.stat().st_size / 1e6
+    print(f"{output}: {size:.1f} MB, logits within {error:.1g} of PyTorch's")
+    print(f"Next: skipnet predict {output} IMAGE…   or   skipnet benchmark {model}")
+
+
+def _compare(network: SkipNet, about: ModelInfo, path: Path) -> float:
+    """Largest difference between the logits of a file and of the network it was made from."""
+    from skipnet.execution.session import InferenceSession
+
+    session = InferenceSession(path, optimize=False, providers=["CPUExecutionProvider"])
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(4, about.architecture.in_channels, *about.image_size, generator=generator)
+    with torch.inference_mode():
+        expected, routing = network(images)
+    logits, found = session.run(images.numpy())
+    # Where a gate's logit is as good as zero, both ways are right.
+    sure = (routing.logits.abs() > SURE).all(dim=1).numpy()
+    error = float(abs(logits - expected.numpy())[sure].max(initial=0.0))
+    scale = max(1.0, float(expected.abs().max()))
+    if (found.decisions != routing.executed.numpy())[sure].any() or error > TOLERANCE * scale:
+        raise RuntimeError(
+            f"{path} does not compute what the network computes (off by {error:.2g})"
+        )
+    return error
+
+
+def open_model(
+    model: str,
+    *,
+    stage: StageName | None = None,
+    gate: GateName | None = None,
+    num_classes: int | None = None,
+    in_channels: int = 3,
+) -> tuple[SkipNet, ModelInfo]:
+    """Open a run directory or a model file, or build a network of the registry.
+
+    Args:
+        model: Path or name.
+        stage: Which stage of a run.
+        gate: Kind of gate, for a name of the registry.
+        num_classes: Number of classes, for a name of the registry.
+        in_channels: Channels of the images, for a name of the registry.
+
+    Raises:
+        UserError: When it is neither.
+    """
+    named = model in list_models()
+    if not named and ("/" in model or model.endswith(".safetensors")):
+        _demand_exists(Path(model))
+    if not named and Path(model).exists():
+        return load(locate(Path(model), stage))
+    defaults = defaults_of(model)
+    classes = defaults.num_classes if num_classes is None else num_classes
+    architecture = Architecture(name=model, gate=gate, num_classes=classes, in_channels=in_channels)
+    about = ModelInfo(
+        architecture=architecture,
+        classes=tuple(map(str, range(classes))),
+        mean=(0.5,) * in_channels,
+        std=(0.25,) * in_channels,
+        image_size=(defaults.image_size, defaults.image_size),
+    )
+    return architecture.build(), about
+
+
+def locate(path: Path, stage: StageName | None = None) -> Path:
+    """Find the model file meant by a run directory or a file.
+
+    Raises:
+        UserError: When there is none.
+    """
+    if path.is_dir():
+        model = RunDirectory.open(path)[0].model_path(stage)
+        if not model.exists():
+            what = f"no finished stage {stage}" if stage else "no finished stage yet"
+            raise UserError(f"{path} has {what}: continue it with skipnet train --resume {path}")
+        return model
+    _demand_exists(path)
+    if stage is not None:
+        raise UserError(f"--stage chooses within a run directory, and {path} is none")
+    return path
+
+
+def _demand_exists(path: Path) -> None:
+    if not path.exists():
+        raise UserError(f"there is no run directory or model file {path}; see skipnet list runs")
+
+
+def test_source(path: Path, about: ModelInfo, data: str | None, **settings: Any) -> DataConfig:
+    """Find the test images for a model: what is named, or what its run was trained on.
+
+    Args:
+        path: The model file.
+        about: What it says about itself.
+        data: Name or folder of the data set, or None.
+        **settings: Fields of the configuration to set, where they are not None.
+
+    Raises:
+        UserError: When nothing says which images.
+    """
+    if data is not None:
+        source = DataConfig(name=data)
+    elif (path.parent / "config.json").exists():
+        source = RunDirectory.open(path.parent)[1].data
+    else:
+        raise UserError(f"{path} does not say what it was trained on: name a test set with --data")
+    # Images are resized to the size trained on, if that is square.
+    height, width = about.image_size
+    return replace(
+        source,
+        channels=1 if about.architecture.in_channels == 1 else 3,
+        image_size=height if height == width else source.image_size,
+        **{name: value for name, value in settings.items() if value is not None},
+    )
+
+
+def _print_info(
+    console: Console,
+    network: SkipNet,
+    architecture: Architecture,
+    size: tuple[int, int],
+    results: dict[str, Any],
+) -> None:
+    cost = network.cost(architecture.in_channels, *size)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    console.print(
+        f"{architecture.name}, gate {architecture.gate or 'none (dense)'}, "
+        f"{architecture.num_classes} classes, "
+        f"{architecture.in_channels}x{size[0]}x{size[1]} images, {parameters:,} parameters"
+    )
+    table = Table()
+    keep = results.get("keep_rates") or []
+    for title in ("part", "MACs", "of dense", "gate before it", "keep rate"):
+        table.add_column(title, justify="left" if title == "part" else "right")
+
+    def row(part: str, macs: int, gate: str = "", rate: str = "") -> None:
+        table.add_row(part, f"{macs:,}", f"{100 * macs / cost.dense:.2f} %", gate, rate)
+
+    row("stem", cost.stem)
+    for index, macs in enumerate(cost.blocks):
+        gated = index > 0 and cost.gates
+        gate = f"{cost.gates[index - 1]:,}" if gated else "always runs"
+        rate = f"{100 * keep[index - 1]:.1f} %" if gated and keep else ""
+        row(f"block {index}", macs, gate, rate)
+        if cost.shortcuts[index]:
+            row("  its projection (always runs)", cost.shortcuts[index])
+    row("head", cost.head)
+    console.print(table)
+    console.print(
+        f"dense: {cost.dense:,} MACs an image "
+        f"({cost.dense_without_projections:,} without projections and classifier, as in the paper)"
+    )
+    if cost.gates:
+        console.print(
+            f"gates: {sum(cost.gates):,} MACs in all, {100 * sum(cost.gates) / cost.dense:.3f} % "
+            f"of dense; least possible computation {100 * cost.always / cost.dense:.1f} %"
+        )
+    if results:
+        console.print(
+            f"as measured when saved: accuracy {results['accuracy']:.2f} %, computation "
+            f"{100 * results['macs_fraction']:.1f} % of dense, blocks run "
+            f"{100 * results['blocks_fraction']:.1f} %"
+        )
+
+
+def _print_list(title: str, entries: dict[str, str]) -> None:
+    print(f"{title}:")
+    width = max(map(len, entries), default=0)
+    for name, text in entries.items():
+        print(f"  {name:{width}s}  {text}")
+    if not entries:
+        print("  (none)")
+
+
+def _runs(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob("*/config.json"))
+
+
+def _describe_run(path: Path) -> str:
+    try:
+        run, config = RunDirectory.open(path)
+    except UserError as error:
+        return str(error)
+    parts = []
+    for name in config.stages:
+        if run.finished(name):
+            result = run.results[name]["evaluation"]
+            parts.append(
+                f"{name} {result['accuracy']:.2f} % at {100 * result['macs_fraction']:.1f} %"
+            )
+        else:
+            parts.append(f"{name} unfinished")
+    return ", ".join(parts)

@@ -1,0 +1,84 @@
+"""`skipnet train`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from skipnet.errors import UserError
+from skipnet.recipes import describe_recipe, list_recipes, recipe
+from skipnet.training.config import TrainConfig
+from skipnet.training.run import RunDirectory
+from skipnet.training.train import train as train_run
+
+
+def train(
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")],
+    *,
+    output: Path | None = None,
+    resume: Path | None = None,
+) -> RunDirectory:
+    """Train a recipe's stages in order and leave one run directory.
+
+    Args:
+        config: What to do.
+        output: The run directory to make; runs/RECIPE-TIME if not given.
+        resume: A run directory to continue to the same numbers as if it had not stopped.
+    """
+    return train_run(config, output=output, resume=resume)
+
+
+def main(words: Sequence[str]) -> None:
+    """Read `RECIPE [flags]`, or `--resume RUN`, which reads the run's configuration, and train."""
+    if not words or words[0] in ("-h", "--help"):
+        print(_train_usage())
+        return
+    if words[0].startswith("-"):
+        resume = _resume_argument(words)
+        _, config = RunDirectory.open(resume)
+        title = "--resume"
+    else:
+        config = recipe(words[0])
+        title = words[0]
+        words = words[1:]
+
+    def command(
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = config,
+        *,
+        output: Path | None = None,
+        resume: Path | None = None,
+    ) -> None:
+        train(config, output=output, resume=resume)
+
+    command.__doc__ = train.__doc__
+    tyro.cli(command, prog=f"skipnet train {title}", args=words)
+
+
+def _resume_argument(words: Sequence[str]) -> Path:
+    for index, word in enumerate(words):
+        if word == "--resume" and index + 1 < len(words):
+            return Path(words[index + 1])
+        if word.startswith("--resume="):
+            return Path(word.removeprefix("--resume="))
+    raise UserError(
+        f"train needs a recipe ({', '.join(list_recipes())}) or --resume RUN; see skipnet train -h"
+    )
+
+
+def _train_usage() -> str:
+    lines = [f"  {name:26s} {describe_recipe(name)}" for name in list_recipes()]
+    return "\n".join(
+        [
+            "usage: skipnet train RECIPE [--field value …] [--output RUN]",
+            "       skipnet train --resume RUN",
+            "",
+            (train.__doc__ or "").split("\n")[0],
+            "",
+            "recipes:",
+            *lines,
+            "",
+            "skipnet train RECIPE --help lists every field with the recipe's value.  Example:",
+            "  skipnet train digits --hrl.target-compute 0.5 --seed 1",
+        ]
+    )
