@@ -98,7 +98,7 @@ def cifar10_resnet38_rnn_short() -> TrainConfig:
         ),
         schedule=ScheduleConfig(name="one-cycle", peak=0.02),
         alpha=0.6,
-        target_compute=0.7,
+        target_compute=0.73,
         target_ramp=0.2,
         policy_weight=0.2,
         sharpen_to=2.0,

@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from skipnet.errors import UserError
+from skipnet.execution.auto import auto
 from skipnet.execution.compacted import compacted
 from skipnet.execution.fused import fold_batch_norms
 from skipnet.execution.masked import masked
@@ -17,10 +19,10 @@ from skipnet.routing.decisions import Decision, Fixed, Random, named_decision
 from skipnet.routing.gates import Gate, State
 from skipnet.routing.trace import Routing
 
-Executor = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
-ExecutorName = Literal["masked", "compacted"]
+Executor = Callable[..., Tensor]
+ExecutorName = Literal["masked", "compacted", "auto"]
 
-EXECUTORS: dict[str, Executor] = {"masked": masked, "compacted": compacted}
+EXECUTORS: dict[str, Executor] = {"masked": masked, "compacted": compacted, "auto": auto}
 
 
 class SkipNet(nn.Module):
@@ -82,7 +84,8 @@ class SkipNet(nn.Module):
             decide: How a gate's logit becomes g: "threshold", "straight-through", "sample", "soft",
                 or a `Decision`.
             execute: "masked" runs every block on every row; "compacted" only on the rows with
-                g = 1, and needs decisions that are 0 or 1 and carry no gradient.
+                g = 1, and needs decisions that are 0 or 1 and carry no gradient; "auto", for
+                inference, is the faster of the two for each block.
 
         Returns:
             Class logits, [batch, classes], and what was decided.
@@ -94,14 +97,22 @@ class SkipNet(nn.Module):
         if execute not in EXECUTORS:
             raise UserError(f"unknown executor {execute!r}: use one of {', '.join(EXECUTORS)}")
         binary = decision.binary(self.training)
-        if execute == "compacted" and self.gate is not None and not binary:
+        if execute == "auto" and self.training:
             raise UserError(
-                f"compacted execution leaves rows out, which {type(decision).__name__} decisions "
+                'execute="auto" is for inference: in training the executors differ in the rows '
+                "that batch norms see; choose masked or compacted"
+            )
+        if execute != "masked" and self.gate is not None and not binary:
+            raise UserError(
+                f"{execute} execution leaves rows out, which {type(decision).__name__} decisions "
                 "in training do not allow (g is soft or carries a gradient): use execute='masked'"
             )
         if self.gate is not None and isinstance(decision, Fixed | Random):
             decision.demand_gates(self.num_gates)
         run = EXECUTORS[execute]
+        in_place = execute != "masked" and len(images) > 1 and self._owns_features()
+        if in_place:
+            run = partial(run, in_place=True)
         state: State = None
         logits: list[Tensor] = []
         decisions: list[Tensor] = []
@@ -111,6 +122,8 @@ class SkipNet(nn.Module):
             bypass = shortcut(features)
             if self.gate is None or index == 0:
                 features = block(features, bypass)
+                if in_place and index == 0 and features.data_ptr() == images.data_ptr():
+                    features = features.clone()
                 continue
             logit, state = self.gate(index - 1, features, state)
             g = decision(logit, index - 1, self.training)
@@ -123,6 +136,12 @@ class SkipNet(nn.Module):
             decisions=torch.stack(decisions, dim=1) if decisions else none,
             cost=self.cost(*images.shape[1:]),
         )
+
+    def _owns_features(self) -> bool:
+        """Whether nobody but the forward pass sees features: neither gradients nor hooks."""
+        if self.training or torch.is_grad_enabled():
+            return False
+        return not any(part._forward_hooks or part._forward_pre_hooks for part in self.modules())
 
     def fuse(self) -> "SkipNet":
         """Return a copy for inference, batch norms folded into the convolutions before them.
