@@ -25,6 +25,8 @@ from skipnet.training.config import StageName
 DEFAULT_KEEP = 0.5
 NUM_BATCHES = 16
 MAX_IMAGES = 256
+SETTLING_IMAGES = 16
+"""Enough for well-conditioned batch statistics of the last stage."""
 
 
 def benchmark(
@@ -83,7 +85,7 @@ def benchmark(
     else:
         images = torch.randn(batch_size, about.architecture.in_channels, *size)
     if named:
-        settle(network, images[:MAX_IMAGES])
+        settle(network, torch.randn(SETTLING_IMAGES, *images.shape[1:]))
     console = Console(stderr=True)
     with console.status("", spinner="line") as status:
         quiet = not console.is_terminal

@@ -165,9 +165,13 @@ class SkipNet(nn.Module):
         """
         size = (channels, height, width)
         if size not in self._costs:
-            shape = torch.empty(2, *size, device="meta", dtype=self._dtype())
-            self._costs[size] = skeleton(self)._count(shape)
+            self._measure(size)
         return self._costs[size]
+
+    @torch.compiler.disable
+    def _measure(self, size: tuple[int, int, int]) -> None:
+        shape = torch.empty(2, *size, device="meta", dtype=self._dtype())
+        self._costs[size] = skeleton(self)._count(shape)
 
     def _dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
