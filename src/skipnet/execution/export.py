@@ -84,7 +84,7 @@ def to_onnx(
         ],
     )
     gate: _RecurrentGate | _FeedForwardGate | None = None
-    if isinstance(original, RNNGate):
+    if type(original) is RNNGate:
         gate = _RecurrentGate(original, graph)
     elif columns:
         gate = _FeedForwardGate(columns, graph, parts, examples.features)
@@ -417,9 +417,10 @@ class _Column(nn.Module):
 
 
 def _columns(gate: Gate | None) -> list[_Column]:
-    if gate is None or isinstance(gate, RNNGate):
+    # By exact type: a subclass may compute something else.
+    if gate is None or type(gate) is RNNGate:
         return []
-    if isinstance(gate, FFGateI | FFGateII):
+    if isinstance(gate, FFGateI | FFGateII) and type(gate) in (FFGateI, FFGateII):
         return [_Column(unit) for unit in gate.units]
     raise UserError(f"cannot export gates of kind {type(gate).__name__}: use rnn, ff1 or ff2")
 

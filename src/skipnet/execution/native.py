@@ -1,5 +1,6 @@
 """The native part: a small C program, compiled once a machine with the compiler that is there."""
 
+import atexit
 import functools
 import hashlib
 import os
@@ -36,11 +37,13 @@ def library() -> Path:
     try:
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if os.access(folder / name, os.R_OK):
+        if _is_whole(folder / name):
             return folder / name
-        return _compile(compiler, folder / name)
+        return _compile(compiler, folder, name)
     except OSError:  # A cache that cannot be written: for this process only.
-        return _compile(compiler, Path(tempfile.mkdtemp(prefix="skipnet-")) / name)
+        private = tempfile.TemporaryDirectory(prefix="skipnet-", ignore_cleanup_errors=True)
+        atexit.register(private.cleanup)
+        return _compile(compiler, Path(private.name), name)
 
 
 def cache_folder() -> Path:
@@ -68,19 +71,50 @@ def processor() -> tuple[str, ...]:
 
 def _compiler() -> list[str]:
     for command in (os.environ.get("CC", ""), "cc", "gcc", "clang"):
-        words = shlex.split(command)
+        try:
+            words = shlex.split(command)
+        except ValueError as error:
+            raise DoesNotFit(f"CC is {command!r}: {error}") from None
         if words and shutil.which(words[0]):
             return words
     raise DoesNotFit("there is no C compiler: install gcc or clang, or name one with CC")
 
 
-def _compile(compiler: list[str], target: Path) -> Path:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    words = [*compiler, *FLAGS, str(SOURCE), "-o", str(temporary), "-lm", "-lpthread"]
-    done = subprocess.run(words, capture_output=True, text=True)
-    if done.returncode:
+def _compile(compiler: list[str], folder: Path, name: str) -> Path:
+    """Compile into a folder, and put a digest behind the code.
+
+    Raises:
+        DoesNotFit: When the compiler fails.
+        OSError: When the folder cannot be written to.
+    """
+    descriptor, path = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+    os.close(descriptor)
+    temporary = Path(path)
+    try:
+        words = [*compiler, *FLAGS, str(SOURCE), "-o", path, "-lm", "-lpthread"]
+        try:
+            done = subprocess.run(words, capture_output=True, text=True)
+        except OSError as error:
+            raise DoesNotFit(f"{compiler[0]} cannot be run: {error}") from None
+        code = temporary.read_bytes()
+        if done.returncode or not code:
+            said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise DoesNotFit(f"{compiler[0]} failed: {said}")
+        with temporary.open("ab") as file:
+            file.write(hashlib.sha256(code).digest())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / name)
+    finally:
         temporary.unlink(missing_ok=True)
-        said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise DoesNotFit(f"{compiler[0]} failed: {said}")
-    os.replace(temporary, target)
-    return target
+    return folder / name
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a compiled program is there and is what was written: to load half of one is fatal."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    size = hashlib.sha256().digest_size
+    return len(data) > size and hashlib.sha256(data[:-size]).digest() == data[-size:]

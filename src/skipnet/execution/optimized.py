@@ -39,6 +39,8 @@ from skipnet.execution.portable import (
     IMAGES,
     LOGITS,
     PortableInfo,
+    first_line,
+    of_onnxruntime,
     onnxruntime,
     open_session,
 )
@@ -69,7 +71,6 @@ class Engine:
         Raises:
             DoesNotFit: When this ONNX Runtime will not have it.
         """
-        ort = onnxruntime()
         try:
             return open_session(
                 self.model,
@@ -78,10 +79,10 @@ class Engine:
                 custom_ops=library(),
                 **settings,
             )
-        except ort.capi.onnxruntime_pybind11_state.RuntimeException as error:
-            raise DoesNotFit(_line(error)) from None
-        except ort.capi.onnxruntime_pybind11_state.Fail as error:
-            raise DoesNotFit(_line(error)) from None
+        except Exception as error:
+            if not of_onnxruntime(error):
+                raise
+            raise DoesNotFit(first_line(error)) from None
 
 
 def build(path: Path, data: bytes, info: PortableInfo) -> Engine:
@@ -95,41 +96,50 @@ def build(path: Path, data: bytes, info: PortableInfo) -> Engine:
     Raises:
         DoesNotFit: When there can be none here.
     """
+    try:
+        return _build(path, data, info)
+    except Exception as error:
+        if not of_onnxruntime(error):
+            raise
+        raise DoesNotFit(first_line(error)) from None
+
+
+def _build(path: Path, data: bytes, info: PortableInfo) -> Engine:
     library()  # Without a compiler there is nothing to optimise for.
     portable = _Portable(ModelProto.FromString(data), info)
     key = hashlib.sha256(data)
     for fact in (str(BUILD_VERSION), onnxruntime().__version__, *processor()):
         key.update(fact.encode() + b"\0")
     kept = path.with_name(f"{path.stem}.{key.hexdigest()[:16]}.optimized.onnx")
-    dense = _read_kept(kept)
+    dense = _read_kept(kept, key.digest())
     if dense is None:
         dense = _optimise(portable.dense())
-        _keep(dense, kept)
+        _keep(dense, kept, key.digest())
     return _Builder(portable, dense).engine()
 
 
-def _read_kept(path: Path) -> ModelProto | None:
-    """The graph kept at a path; None where there is none, or a damaged one."""
+def _read_kept(path: Path, key: bytes) -> ModelProto | None:
+    """The graph kept at a path; None where there is none, a damaged one, or another model's."""
     try:
         proto = ModelProto.FromString(path.read_bytes())
     except (OSError, DecodeError):
         return None
     digests = [entry.value for entry in proto.metadata_props if entry.key == _DIGEST]
     del proto.metadata_props[:]
-    return proto if digests == [_digest(proto)] else None
+    return proto if digests == [_digest(proto, key)] else None
 
 
-def _keep(proto: ModelProto, path: Path) -> None:
+def _keep(proto: ModelProto, path: Path, key: bytes) -> None:
     marked = ModelProto()
     marked.CopyFrom(proto)
     entry = marked.metadata_props.add()
-    entry.key, entry.value = _DIGEST, _digest(proto)
+    entry.key, entry.value = _DIGEST, _digest(proto, key)
     with contextlib.suppress(UserError):  # A folder that cannot be written to: built each time.
         write_atomically(path, marked.SerializeToString())
 
 
-def _digest(proto: ModelProto) -> str:
-    return hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
+def _digest(proto: ModelProto, key: bytes) -> str:
+    return hashlib.sha256(key + proto.SerializeToString(deterministic=True)).hexdigest()
 
 
 def _optimise(dense: ModelProto) -> ModelProto:
@@ -170,6 +180,8 @@ class _Portable:
         columns = [
             self.array(f"gate{i}/threshold").reshape(-1) for i in range(1, self.num_gates + 1)
         ]
+        if len({column.shape for column in columns}) != 1:
+            raise DoesNotFit("the gates' thresholds differ in their number")
         return np.stack(columns, axis=1).astype(np.float32)
 
     def dense(self) -> ModelProto:
@@ -300,6 +312,7 @@ class _Builder:
         self.opset = {entry.domain: entry.version for entry in dense.opset_import}
         self.shapes, self.types = _probe(dense)
         self.code = _Code()
+        self._layouts: dict[str, bool] = {}
 
     def engine(self) -> Engine:
         portable, code = self.portable, self.code
@@ -366,11 +379,16 @@ class _Builder:
             return
         weight, biases = portable.array(f"{name}/W")[0], portable.array(f"{name}/B")[0]
         size = len(biases) // 2
+        recurrent, project = portable.array("gate/R")[0], portable.array("gate/project")
+        width = int(np.prod(code.slots[pooled]))
+        shapes = [weight.shape, biases.shape, recurrent.shape, project.shape]
+        if shapes != [(size, width), (2 * size,), (size, size // 4), (size // 4, 1)]:
+            raise DoesNotFit(f"the weights of gate {index} are of other shapes than its features")
         constants = [
             code.array(f"{name}/W", weight.T),
             code.array(f"{name}/B", biases[:size] + biases[size:]),
-            code.array("gate/R", portable.array("gate/R")[0].T),
-            code.array("gate/project", portable.array("gate/project").reshape(-1)),
+            code.array("gate/R", recurrent.T),
+            code.array("gate/project", project.reshape(-1)),
         ]
         code.code += [LSTM, pooled, weight.shape[1], *constants]
 
@@ -381,7 +399,8 @@ class _Builder:
         if sums and last.input[3] == bypass_name and bypass_name not in last.input[:3]:
             self._emit(target, env, bypass)
             return
-        if self.shapes[target] != self.code.slots[bypass]:
+        same_shape = self.shapes[target] == self.code.slots[bypass]
+        if not same_shape or self._blocked(target) != self._blocked(bypass_name):
             raise DoesNotFit("a block and its shortcut differ in their layout")
         slot = self._emit(target, env)
         self.code.code += [SWAP, slot, bypass]
@@ -410,6 +429,17 @@ class _Builder:
                 if name in own and uses[name] == 0:
                     self.code.free.append(own[name])
         return own[target]
+
+    def _blocked(self, name: str) -> bool:
+        """Whether a tensor is in ONNX Runtime's blocked layout."""
+        if name not in self._layouts:
+            node = self.producer.get(name)
+            if node is None or node.op_type == "ReorderOutput":
+                self._layouts[name] = False
+            else:
+                # Sums and activations hand on the layout of what they read.
+                self._layouts[name] = node.domain == NCHWC or any(map(self._blocked, node.input))
+        return self._layouts[name]
 
     def _cone(self, target: str, env: dict[str, int]) -> list[NodeProto]:
         """The nodes between the tensors in `env` and a target, in order."""
@@ -545,7 +575,3 @@ def _describe_attribute(attribute: Any) -> str:
         kind = "I" if isinstance(value[0], int) else "F"
         return f"{attribute.name} {kind} {' '.join(map(repr, value))}"
     raise DoesNotFit(f"an attribute {attribute.name} of a kind that has no place in a program")
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -1,6 +1,7 @@
 """The portable ONNX file: the names in it, and what it says about itself."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def metadata_of(properties: dict[str, str], path: Path) -> PortableInfo:
                 int(cost["head"]),
             ),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: its metadata is damaged ({error!r})") from None
 
 
@@ -90,6 +91,16 @@ def onnxruntime() -> Any:
     except ImportError:
         raise UserError("ONNX Runtime is not installed: pip install 'skipnet[onnx]'") from None
     return onnxruntime
+
+
+def of_onnxruntime(error: Exception) -> bool:
+    """Whether ONNX Runtime raised this."""
+    return type(error).__module__.startswith("onnxruntime")
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def open_session(
@@ -142,4 +153,47 @@ def load_onnx(path: Path) -> tuple[bytes, PortableInfo]:
         proto = onnx.ModelProto.FromString(data)
     except DecodeError:
         raise UserError(f"{path} is truncated or not an ONNX file: export it again") from None
-    return data, metadata_of({entry.key: entry.value for entry in proto.metadata_props}, path)
+    info = metadata_of({entry.key: entry.value for entry in proto.metadata_props}, path)
+    wrong = _contradiction(info, proto.graph)
+    if wrong:
+        raise UserError(f"{path}: its metadata and its graph contradict each other: {wrong}")
+    return data, info
+
+
+def _contradiction(info: PortableInfo, graph: Any) -> str | None:
+    """What in the metadata cannot be true of the graph."""
+    channels, gate = info.architecture.get("in_channels"), info.architecture.get("gate", "")
+    num_gates = len(info.cost.gates)
+    names = {tensor.name for tensor in graph.initializer}
+    gates = {"rnn": "gate1/W", "ff1": "gate1/threshold", "ff2": "gate1/threshold"}
+    if gate not in (None, *gates) or (gate is None) != (num_gates == 0):
+        return f"gate {gate!r} with {num_gates} gates"
+    if gate is not None and (gates[gate] not in names or (gate != "rnn" and "gate1/W" in names)):
+        return f"it has no gates of kind {gate}"
+    if num_gates != sum(name.endswith("/threshold") for name in names):
+        return f"the cost of {num_gates} gates"
+    if len(info.cost.shortcuts) != len(info.cost.blocks):
+        return "shortcuts and blocks differ in number"
+    if num_gates not in (0, len(info.cost.blocks) - 1):
+        return f"{num_gates} gates for {len(info.cost.blocks)} blocks"
+    inputs = {value.name: _shape(value) for value in graph.input}
+    outputs = {value.name: _shape(value) for value in graph.output}
+    if inputs != {IMAGES: [BATCH, channels, *info.image_size]}:
+        return f"its input is {inputs}"
+    expected = {LOGITS: [BATCH, len(info.classes)]}
+    if num_gates:
+        expected[DECISIONS] = [BATCH, num_gates]
+    if outputs != expected:
+        return f"its outputs are {outputs}"
+    produced = {name for node in graph.node for name in node.output}
+    if not produced.issuperset(outputs):
+        return f"nothing computes {', '.join(sorted(set(outputs) - produced))}"
+    if not len(info.mean) == len(info.std) == channels:
+        return f"mean and std of {len(info.mean)} and {len(info.std)} channels, not {channels}"
+    if not all(math.isfinite(value) for value in info.mean + info.std) or min(info.std) <= 0:
+        return "mean or std is no possible value"
+    return None
+
+
+def _shape(value: Any) -> list[int | str]:
+    return [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]

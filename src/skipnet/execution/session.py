@@ -12,7 +12,14 @@ import numpy as np
 from skipnet.errors import UserError
 from skipnet.execution import optimized
 from skipnet.execution.native import DoesNotFit
-from skipnet.execution.portable import IMAGES, load_onnx, onnxruntime, open_session
+from skipnet.execution.portable import (
+    IMAGES,
+    first_line,
+    load_onnx,
+    of_onnxruntime,
+    onnxruntime,
+    open_session,
+)
 from skipnet.routing.trace import Routing
 
 
@@ -46,7 +53,7 @@ class InferenceSession:
         providers: list[str] | None = None,
         spin: bool = True,
     ) -> None:
-        path = Path(path)
+        self._path = path = Path(path)
         if threads is not None and threads < 1:
             raise UserError(f"threads must be at least 1, not {threads}")
         self._threads = threads or _cores()
@@ -81,13 +88,13 @@ class InferenceSession:
         """
         feed = self._check(images)
         assert self._runner is not None
-        logits, decisions = self._runner.run(feed)
-        finite = np.isfinite(logits).all(axis=1)
-        if not finite.all():
-            row = int(np.flatnonzero(~finite)[0])
-            raise UserError(
-                f"image {row} of the batch holds NaN, infinity or far too large numbers"
-            )
+        try:
+            logits, decisions = self._runner.run(feed)
+        except Exception as error:
+            if not of_onnxruntime(error):
+                raise
+            raise UserError(f"{self._path} cannot be run: {first_line(error)}") from None
+        _demand_finite(logits, "gives logits of NaN or infinity: its numbers may be too large")
         none = np.zeros((len(feed), 0), np.float32)
         return logits, Routing(logits=none, decisions=decisions, cost=self.info.cost)
 
@@ -105,7 +112,15 @@ class InferenceSession:
             mean = np.array(self.info.mean, np.float32).reshape(-1, 1, 1)
             std = np.array(self.info.std, np.float32).reshape(-1, 1, 1)
             images = (images / np.float32(255) - mean) / std
+        _demand_finite(images, "holds NaN or infinity")
         return np.ascontiguousarray(images)
+
+
+def _demand_finite(values: np.ndarray, otherwise: str) -> None:
+    if np.isfinite(values).all():
+        return
+    bad = ~np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+    raise UserError(f"image {int(np.flatnonzero(bad)[0])} of the batch {otherwise}")
 
 
 class _Portable:
@@ -114,14 +129,12 @@ class _Portable:
     def __init__(
         self, path: Path, data: bytes, threads: int, providers: list[str], spin: bool
     ) -> None:
-        ort = onnxruntime()
         try:
             self.session = open_session(data, threads=threads, providers=providers, spin=spin)
         except Exception as error:
-            if not type(error).__module__.startswith(ort.__name__):
+            if not of_onnxruntime(error):
                 raise
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{path} is damaged: ONNX Runtime says {reason}") from None
+            raise UserError(f"{path} is damaged: ONNX Runtime says {first_line(error)}") from None
 
     def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         logits, *decisions = self.session.run(None, {IMAGES: images})

@@ -156,7 +156,7 @@ class SkipNet(nn.Module):
                     part[index] = fold_batch_norms(module)
             else:
                 setattr(fused, name, fold_batch_norms(part))
-        return fused
+        return fused.eval()
 
     def cost(self, channels: int, height: int, width: int) -> Cost:
         """Return the multiply-adds of every part for one image of this size.
