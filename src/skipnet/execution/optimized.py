@@ -333,7 +333,8 @@ class _Builder:
             if portable.num_gates and index > 0:
                 self._gate(index, {source: x}, pooled.get(self._width(at), -1))
                 skip = code.branch(index - 1)
-            self._block(self._inside(f"x{index + 1}"), env, bypass, bypass_name)
+            target = self._inside(f"x{index + 1}")
+            self._block(target, env, bypass, bypass_name, skippable=skip is not None)
             if portable.recurrent and index < portable.num_gates:
                 name = f"pooled{index + 1}"
                 at, width = name, self._width(name)
@@ -392,15 +393,17 @@ class _Builder:
         ]
         code.code += [LSTM, pooled, weight.shape[1], *constants]
 
-    def _block(self, target: str, env: dict[str, int], bypass: int, bypass_name: str) -> None:
-        """Run a block; its output takes the place of the bypass."""
+    def _block(
+        self, target: str, env: dict[str, int], bypass: int, bypass_name: str, skippable: bool
+    ) -> None:
+        """Run a block; its output takes the place of the bypass, which it is to be like."""
         last = self.producer[target]
         sums = last.op_type == "Conv" and last.domain == NCHWC and len(last.input) == 4
         if sums and last.input[3] == bypass_name and bypass_name not in last.input[:3]:
             self._emit(target, env, bypass)
             return
-        same_shape = self.shapes[target] == self.code.slots[bypass]
-        if not same_shape or self._blocked(target) != self._blocked(bypass_name):
+        same_layout = self._blocked(target) == self._blocked(bypass_name) or not skippable
+        if self.shapes[target] != self.code.slots[bypass] or not same_layout:
             raise DoesNotFit("a block and its shortcut differ in their layout")
         slot = self._emit(target, env)
         self.code.code += [SWAP, slot, bypass]

@@ -94,7 +94,7 @@ class InferenceSession:
             if not of_onnxruntime(error):
                 raise
             raise UserError(f"{self._path} cannot be run: {first_line(error)}") from None
-        _demand_finite(logits, "gives logits of NaN or infinity: its numbers may be too large")
+        _demand_finite(logits)
         none = np.zeros((len(feed), 0), np.float32)
         return logits, Routing(logits=none, decisions=decisions, cost=self.info.cost)
 
@@ -112,15 +112,16 @@ class InferenceSession:
             mean = np.array(self.info.mean, np.float32).reshape(-1, 1, 1)
             std = np.array(self.info.std, np.float32).reshape(-1, 1, 1)
             images = (images / np.float32(255) - mean) / std
-        _demand_finite(images, "holds NaN or infinity")
+        _demand_finite(images)
         return np.ascontiguousarray(images)
 
 
-def _demand_finite(values: np.ndarray, otherwise: str) -> None:
+def _demand_finite(values: np.ndarray) -> None:
     if np.isfinite(values).all():
         return
     bad = ~np.isfinite(values.reshape(len(values), -1)).all(axis=1)
-    raise UserError(f"image {int(np.flatnonzero(bad)[0])} of the batch {otherwise}")
+    row = int(np.flatnonzero(bad)[0])
+    raise UserError(f"image {row} of the batch holds NaN, infinity or far too large numbers")
 
 
 class _Portable:
