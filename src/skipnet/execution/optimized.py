@@ -49,6 +49,9 @@ from skipnet.files import write_atomically
 NCHWC = "com.microsoft.nchwc"
 THRESHOLDS = "thresholds"
 BUILD_VERSION = 1
+TOLERANCE = 1e-3
+"""How far an engine's logits may lie from the portable file's, as a share of the largest."""
+TRIES = 3
 END, RUN, SWAP, LSTM, LOGIT, BRANCH, JUMP = range(7)
 _DIGEST = "skipnet-optimized"
 
@@ -112,10 +115,36 @@ def _build(path: Path, data: bytes, info: PortableInfo) -> Engine:
         key.update(fact.encode() + b"\0")
     kept = path.with_name(f"{path.stem}.{key.hexdigest()[:16]}.optimized.onnx")
     dense = _read_kept(kept, key.digest())
-    if dense is None:
-        dense = _optimise(portable.dense())
-        _keep(dense, kept, key.digest())
-    return _Builder(portable, dense).engine()
+    if dense is not None:
+        return _Builder(portable, dense).engine()
+    dense = _optimise(portable.dense())
+    engine = _Builder(portable, dense).engine()
+    _compare(engine, data, info)
+    _keep(dense, kept, key.digest())
+    return engine
+
+
+def _compare(engine: Engine, data: bytes, info: PortableInfo) -> None:
+    """Hold a new engine against the portable file, on an image of noise.
+
+    Raises:
+        DoesNotFit: When they differ.
+    """
+    slow = open_session(data, threads=1, providers=["CPUExecutionProvider"])
+    fast = engine.open(threads=1)
+    generator = np.random.default_rng(0)
+    shape = (len(engine.thresholds), info.architecture["in_channels"], *info.image_size)
+    for _ in range(TRIES):
+        images = generator.standard_normal(shape, dtype=np.float32)
+        logits, decisions = slow.run([LOGITS, DECISIONS], {IMAGES: images})
+        feed = {IMAGES: images[:1], THRESHOLDS: engine.thresholds[:1]}
+        found, decided = fast.run(None, feed)
+        # A logit at its threshold may be decided either way: another image, then.
+        if not np.array_equal(decided, decisions[:1]):
+            continue
+        if np.abs(found - logits[:1]).max() <= TOLERANCE * max(1.0, np.abs(logits[:1]).max()):
+            return
+    raise DoesNotFit("the engine made of it gives other results")
 
 
 def _read_kept(path: Path, key: bytes) -> ModelProto | None:
