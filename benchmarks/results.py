@@ -51,6 +51,56 @@ def with_tables(text: str) -> str:
 def table(path: Path) -> str:
     """Return the Markdown table of a results file."""
     results = json.loads(path.read_text(encoding="utf-8"))
+    lines = _times(results["cases"]) if "cases" in results else _trainings(results)
+    environment = (results["runs"][0] if "runs" in results else results)["environment"]
+    hardware, versions = environment["hardware"], environment["versions"]
+    if "cases" in results:
+        shown = f"seed {results['seed']}"
+        used = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+        found = results["cases"][0]["versions"]
+        engines = "".join(f", {title} {found[key]}" for key, title in used.items() if key in found)
+    else:
+        shown = f"seed {', '.join(str(run['seed']) for run in results['runs'])}"
+        engines = ""
+    lines += [
+        "",
+        f"`{results.get('recipe', 'skipnet benchmark')}`, {shown}; "
+        f"{hardware['gpu'] or hardware['cpu']}, {hardware['cores']} cores, torch "
+        f"{versions['torch']}{engines}, commit {environment['commit']}, "
+        f"{environment['time'][:10]} ([JSON](benchmarks/{path.name})).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _times(cases: list[dict[str, Any]]) -> list[str]:
+    """A line a case of `execution.py`, milliseconds."""
+    shown = ["dense-torch", "dense-onnx", "compacted", "portable", "optimized", "bound"]
+    lines = [
+        f"| network | batch | threads | MACs | {' | '.join(shown)} | optimized is | aim |",
+        "|---" * (len(shown) + 6) + "|",
+    ]
+    for case in cases:
+        times = {row["engine"]: row["median_ms"] for row in case["rows"]}
+        against = "dense-onnx" if case["keep"] == 1 else "bound"
+        aim = f"≤ {case['target']:.2f}" if case["target"] else ""
+        cells = [
+            f"`{case['model']}`",
+            case["batch_size"],
+            case["threads"],
+            f"{100 * case['macs_fraction']:.0f} %",
+            *(
+                f"{times[name]:.3g}" if times[name] < 1000 else f"{times[name]:.0f}"
+                for name in shown
+            ),
+            f"**{times['optimized'] / times[against]:.2f}** × {against}",
+            aim,
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def _trainings(results: dict[str, Any]) -> list[str]:
+    """A line a stage, over the seeds."""
     runs = results["runs"]
     lines = [
         "| network | accuracy | sampled | MACs | of dense | blocks run | images/s | training |",
@@ -74,17 +124,7 @@ def table(path: Path) -> str:
             f"{minutes:.0f} min" if minutes >= 10 else f"{60 * minutes:.0f} s",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    environment = runs[0]["environment"]
-    hardware, versions = environment["hardware"], environment["versions"]
-    seeds = ", ".join(str(run["seed"]) for run in runs)
-    lines += [
-        "",
-        f"`{results['recipe']}`, seed {seeds}; "
-        f"{hardware['gpu'] or hardware['cpu']}, {hardware['cores']} cores, torch "
-        f"{versions['torch']}, commit {environment['commit']}, "
-        f"{environment['time'][:10]} ([JSON](benchmarks/{path.name})).",
-    ]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _read_run(path: Path) -> dict[str, Any]:

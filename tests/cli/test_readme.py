@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 from harness import run_command, write_cifar10
+from PIL import Image
+
+import skipnet
+from skipnet.models import Architecture
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -25,6 +29,8 @@ OVERRIDES = {
     "cifar10-resnet38-rnn-short": [*SMALL, "--data.image-size=8"],
 }
 DATA_PLACES = ["path/to/parquet-or-image-folder"]  # where README says that images are
+IMAGES = "path/to/images"
+BENCHMARK = ["--repeats=2", "--engines", "compacted", "optimized"]
 
 
 def blocks() -> list[tuple[str, str]]:
@@ -68,6 +74,8 @@ def test_skipnet_commands_run_in_order(tmp_path: Path) -> None:
     """In one folder, as a reader does: what one command leaves, the next one uses."""
     for place in DATA_PLACES:
         write_cifar10(tmp_path / place)
+    (tmp_path / IMAGES).mkdir(parents=True)
+    Image.new("RGB", (20, 30)).save(tmp_path / IMAGES / "black.png")
     ran = 0
     for line in commands():
         if line[0] != "skipnet":
@@ -76,6 +84,8 @@ def test_skipnet_commands_run_in_order(tmp_path: Path) -> None:
         if words[0] == "train":
             assert words[1] in OVERRIDES, f"say in OVERRIDES how {words[1]} is made short"
             words = words + OVERRIDES[words[1]]
+        if words[0] == "benchmark":
+            words = words + BENCHMARK
         run_command(*words, folder=tmp_path)
         ran += 1
     assert ran
@@ -83,6 +93,15 @@ def test_skipnet_commands_run_in_order(tmp_path: Path) -> None:
 
 def test_python_programs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    architecture = Architecture(name="cifar_resnet20", gate="rnn", in_channels=1)
+    info = skipnet.ModelInfo(
+        architecture=architecture,
+        classes=tuple("0123456789"),
+        mean=(0.3,),
+        std=(0.4,),
+        image_size=(8, 8),
+    )
+    skipnet.export(architecture.build(), "mine.onnx", info)  # As `skipnet export` would.
     programs = [text for language, text in blocks() if language == "python"]
     for program in programs:
         exec(compile(program, str(README), "exec"), {"__name__": "__main__"})

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import skipnet
 from skipnet import Fixed, Random, Sample, SkipNet, StraightThrough
-from skipnet.execution.compacted import _Gather, compacted
+from skipnet.execution.compacted import _Gather, compacted, gather_rows, scatter_rows
 from skipnet.execution.masked import masked
 
 GATES = ("rnn", "ff1", "ff2")
@@ -532,3 +532,113 @@ def test_straight_through_gradient_is_that_of_equation_1_times_that_of_the_sigmo
     expected = gradient[:, -1] * probability * (1 - probability)
     assert (expected != 0).all()
     torch.testing.assert_close(decide.logit.grad, expected, rtol=1e-10, atol=1e-10)
+
+
+def some_rows(network: SkipNet, batch: int) -> Fixed:
+    """Decisions in which every gate has rows that run and rows that do not."""
+    mask = torch.arange(batch)[:, None] + torch.arange(network.num_gates)
+    return Fixed(mask % 3 > 0)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("batch", [1, 2, 7])
+@pytest.mark.parametrize("execute", ["compacted", "auto"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_inference_in_place_is_masked_execution(
+    gate: str, batch: int, execute: str, memory_format: torch.memory_format
+) -> None:
+    network = copy.deepcopy(lively(gate)).to(memory_format=memory_format)
+    images = images_of(batch, (9, 7)).to(memory_format=memory_format)
+    before = images.clone()
+    with torch.inference_mode():
+        for decide in ("threshold", some_rows(network, batch)):
+            expected, asked = network(images, decide=decide)
+            actual, done = network(images, decide=decide, execute=execute)
+            torch.testing.assert_close(actual, expected)
+            assert torch.equal(done.decisions, asked.decisions)
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("execute", ["compacted", "auto"])
+def test_inference_in_bfloat16(execute: str) -> None:
+    network = copy.deepcopy(lively("rnn")).float()
+    images = images_of(7, (9, 7)).float()
+    decide = some_rows(network, 7)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected, _ = network(images, decide=decide)
+        actual, _ = network(images, decide=decide, execute=execute)
+    torch.testing.assert_close(actual.float(), expected.float(), atol=0.05, rtol=0.05)
+
+
+class Same(nn.Module):
+    """A block that returns its bypass itself."""
+
+    def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        return shortcut
+
+
+def test_inference_never_writes_into_the_images() -> None:
+    blocks = [Same(), Same(), Doubled()]
+    network = SkipNet(
+        nn.Identity(), blocks, [nn.Identity()] * 3, nn.Flatten(), skipnet.RNNGate([3, 3])
+    ).eval()
+    images = torch.randn(4, 3, 2, 2)
+    before = images.clone()
+    with torch.no_grad():
+        decide = Fixed(torch.tensor([[1, 1], [0, 1], [1, 0], [0, 0]]) > 0)
+        logits, _ = network(images, decide=decide, execute="compacted")
+    assert torch.equal(images, before)
+    factors = torch.tensor([2.0, 2.0, 1.0, 1.0])[:, None]
+    assert torch.equal(logits, factors * before.flatten(1))
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        return 2 * shortcut
+
+
+def test_what_a_hook_has_seen_stays_as_it_was() -> None:
+    network = copy.deepcopy(lively("rnn"))
+    seen: list[Tensor] = []
+    for block in network.blocks:
+        block.register_forward_hook(lambda module, args, output: seen.append(output))
+    decide = Fixed(torch.arange(2)[:, None].expand(2, NUM_GATES) > 0)
+    with torch.inference_mode():
+        network(images_of(2, (8, 8)), decide=decide, execute="compacted")
+        kept = [tensor.clone() for tensor in seen]
+        first = kept[0]
+        # Row 0 skips everything after the first block.
+        assert torch.equal(seen[0], first) and len(seen) == NUM_GATES + 1
+        fresh: list[Tensor] = []
+        network.blocks[0].register_forward_hook(lambda module, args, output: fresh.append(output))
+        network(images_of(2, (8, 8)), decide="threshold", execute="masked")
+    torch.testing.assert_close(seen[0], fresh[0])
+
+
+def test_auto_is_for_inference() -> None:
+    network = copy.deepcopy(lively("rnn")).train()
+    with pytest.raises(skipnet.UserError, match="for inference"):
+        network(images_of(2, (8, 8)), execute="auto")
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    shape=st.tuples(*[st.integers(1, 5)] * 4),
+    formats=st.tuples(*[st.sampled_from([torch.contiguous_format, torch.channels_last])] * 2),
+    kind=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    data=st.data(),
+)
+def test_rows_are_gathered_and_scattered(
+    shape: tuple[int, ...], formats: tuple, kind: torch.dtype, data: st.DataObject
+) -> None:
+    rows = data.draw(st.lists(st.integers(0, shape[0] - 1), unique=True).map(sorted))
+    index = torch.tensor(rows, dtype=torch.long)
+    features = torch.randn(shape).to(kind, memory_format=formats[0])
+    gathered = gather_rows(features, index)
+    assert torch.equal(gathered, features[index])
+    assert gathered.is_contiguous(memory_format=formats[0])
+    values = torch.randn(len(rows), *shape[1:]).to(kind, memory_format=formats[1])
+    expected = features.clone()
+    expected[index] = values
+    assert scatter_rows(features, index, values) is features
+    assert torch.equal(features, expected)

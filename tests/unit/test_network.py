@@ -212,3 +212,15 @@ def test_names_of_the_ff_gates_weights_are_stable(gate: str, convolutions: tuple
         *("linear.weight", "linear.bias"),
     ]
     assert list(names) == [f"units.{i}.{name}" for i in range(8) for name in unit]
+
+
+@pytest.mark.slow
+def test_torch_compile_of_a_network_never_run_before() -> None:
+    """Its cost is counted on the first forward, which the compiler must leave alone."""
+    network = skipnet.create("cifar_resnet20", gate="rnn").eval()
+    images = torch.randn(2, 3, 8, 8)
+    with torch.inference_mode():
+        logits, routing = torch.compile(network, backend="eager")(images)
+        expected, _ = network(images)
+    torch.testing.assert_close(logits, expected)
+    assert routing.cost == network.cost(3, 8, 8)

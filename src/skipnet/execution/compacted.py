@@ -77,9 +77,9 @@ def _is_channels_last(x: Tensor) -> bool:
 def _flat(x: Tensor) -> Tensor | None:
     """A view [batch, numbers] with the numbers in the order of memory; None where there is none."""
     if x.is_contiguous():
-        return x.view(len(x), -1)
+        return x.flatten(1)
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return x.permute(0, 2, 3, 1).view(len(x), -1)
+        return x.permute(0, 2, 3, 1).flatten(1)
     return None
 
 

@@ -1,6 +1,7 @@
 """SkipNet: a residual network in which gates decide, image by image, which blocks run."""
 
 import copy
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
@@ -165,10 +166,12 @@ class SkipNet(nn.Module):
         """
         size = (channels, height, width)
         if size not in self._costs:
-            self._measure(size)
+            measure = self._measure
+            if "torch._dynamo" in sys.modules:  # Not to be traced; the import takes seconds.
+                measure = torch.compiler.disable(measure)
+            measure(size)
         return self._costs[size]
 
-    @torch.compiler.disable
     def _measure(self, size: tuple[int, int, int]) -> None:
         shape = torch.empty(2, *size, device="meta", dtype=self._dtype())
         self._costs[size] = skeleton(self)._count(shape)

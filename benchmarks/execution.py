@@ -1,0 +1,72 @@
+"""Saved computation as saved time: `skipnet benchmark` on the cases that README's table shows.
+
+    python benchmarks/execution.py --out benchmarks/execution_<hardware>_<date>.json
+    python benchmarks/results.py tables
+
+About a quarter of an hour on two cores, with nothing else on them. The file is written after every
+case, and the same command again adds the cases it lacks.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from skipnet.files import write_atomically
+from skipnet.training.run import environment
+
+DENSE = ("dense-torch", "dense-compile", "dense-onnx", "dense-openvino")
+SKIPPING = ("masked", "compacted", "portable", "optimized", "bound")
+ALL, FEWER = DENSE + SKIPPING, ("dense-torch", "dense-onnx", *SKIPPING)
+
+# Model, batch size, threads, keep rate, turns, engines, and what optimized may take of bound: for
+# keep 1.0 of dense-onnx.
+CASES: list[tuple[str, int, int, float, int, tuple[str, ...], float | None]] = [
+    ("cifar_resnet110", 1, 1, 0.5, 200, ALL, 1.15),
+    ("cifar_resnet110", 1, 2, 0.5, 200, FEWER, None),
+    ("cifar_resnet110", 1, 1, 1.0, 200, FEWER, 1.25),
+    ("resnet50", 1, 1, 0.5, 30, ALL, 1.08),
+    ("resnet50", 1, 2, 0.5, 30, FEWER, 1.08),
+    ("resnet50", 1, 1, 1.0, 30, FEWER, 1.08),
+    ("resnet101", 1, 1, 0.5, 20, FEWER, 1.08),
+    ("resnet101", 1, 2, 0.5, 20, FEWER, 1.08),
+    ("cifar_resnet110", 64, 1, 0.5, 15, FEWER, 1.20),
+    ("cifar_resnet110", 64, 2, 0.5, 15, FEWER, 1.20),
+    ("resnet50", 16, 1, 0.5, 7, FEWER, 1.10),
+    ("resnet50", 16, 2, 0.5, 7, FEWER, 1.10),
+]
+
+
+def main(*, out: Path, seed: int = 0) -> None:
+    """Time every case and write one file.
+
+    Args:
+        out: The JSON file; cases that it has are not timed again.
+        seed: Of weights and decisions.
+    """
+    cases: list[dict[str, Any]] = json.loads(out.read_text())["cases"] if out.exists() else []
+    for model, batch_size, threads, keep, repeats, engines, target in CASES:
+        settings = {"model": model, "batch_size": batch_size, "threads": threads, "keep": keep}
+        if any(settings.items() <= case.items() for case in cases):
+            continue
+        words = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+        words = [model, *words[1:], f"--repeats={repeats}", f"--seed={seed}", "--engines", *engines]
+        # A process each: what one leaves in memory or in thread pools is not the next one's.
+        done = subprocess.run(
+            [sys.executable, "-m", "skipnet.cli", "benchmark", *words],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        *table, line = done.stdout.splitlines()
+        print("\n".join(table), flush=True)
+        cases.append(json.loads(line) | {"target": target})
+        kept = {"environment": environment(), "seed": seed, "cases": cases}
+        write_atomically(out, (json.dumps(kept, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
