@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+WORKERS ?= 2
 BIN := .venv/bin
 
 # Reads the system's certificates, so that uv works behind a company proxy and
@@ -23,8 +24,8 @@ setup: ## Create .venv with everything for use, tests and checks (PYTHON=python3
 quickstart: setup ## Train a small network on the digits data (ARGS="..." for its options)
 	$(BIN)/skipnet train digits $(ARGS)
 
-test: setup ## Run the tests (ARGS="-m 'not slow'" for the quick ones)
-	$(BIN)/python -m pytest $(ARGS)
+test: setup ## Run the tests (ARGS="-m 'not slow'" for the quick ones, WORKERS=0 for one process)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 check: setup ## Lint, formatting and types
 	$(BIN)/ruff check $(CODE)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import threading
 from pathlib import Path
 
 from skipnet.errors import UserError
@@ -13,7 +14,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         UserError: When the file cannot be written; an earlier one is untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)

@@ -39,6 +39,8 @@ from skipnet.routing.network import SkipNet
 
 OPSET = 20
 IR_VERSION = 10
+MAX_BYTES = 2**31 - 2**20
+"""What fits into one file of protocol buffers, with some room for the graph."""
 
 
 def export(model: SkipNet, path: str | os.PathLike[str], info: ModelInfo) -> None:
@@ -90,6 +92,12 @@ def to_onnx(
         gate = _FeedForwardGate(columns, graph, parts, examples.features)
     _write(network, gate, examples, graph, parts, forced)
 
+    size = sum(len(tensor.raw_data) for tensor in graph.initializers)
+    if size > MAX_BYTES:
+        raise UserError(
+            f"the network's weights are {size / 1e9:.1f} GB, and an ONNX file holds 2 GB: take "
+            "recurrent gates, which are small, or a smaller network"
+        )
     outputs = [_value(LOGITS, TensorProto.FLOAT, (BATCH, examples.logits.shape[1]))]
     if network.gate is not None:
         outputs.append(_value(DECISIONS, TensorProto.BOOL, (BATCH, network.num_gates)))

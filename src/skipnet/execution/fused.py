@@ -1,12 +1,15 @@
 """Batch norms folded into the convolutions before them: fewer operations, the same numbers."""
 
+import warnings
+
 from torch import nn
-from torch.fx.experimental.optimization import fuse
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def fold_batch_norms(module: nn.Module) -> nn.Module:
-    """Return a copy in evaluation mode whose convolutions have taken in their batch norms.
+    """Return a module in evaluation mode whose convolutions have taken in their batch norms.
+
+    The given module may be changed: pass a copy.
 
     A module whose forward cannot be traced (it branches on its input, say) keeps its own forward,
     and its children are folded one by one.
@@ -16,6 +19,10 @@ def fold_batch_norms(module: nn.Module) -> nn.Module:
     """
     if not any(isinstance(layer, _BatchNorm) for layer in module.modules()):
         return module
+    with warnings.catch_warnings():
+        # Here, as it takes a while; torch 2.11 warns of itself.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from torch.fx.experimental.optimization import fuse
     try:
         return fuse(module)
     except Exception:  # Whatever a forward does to the stand-ins that tracing sends through it.
