@@ -15,8 +15,10 @@ import skipnet
 from skipnet import cli
 from skipnet.commands.predict import Prediction, predict
 from skipnet.data.sources import DataConfig, load_split
+from skipnet.execution.native import DoesNotFit, library
 
-pytestmark = pytest.mark.slow
+# Where there is no C compiler a warning says so.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +88,7 @@ def test_predict_leaves_torch_alone(exported: Path, images: Path) -> None:
         (["predict", "no.onnx", "{images}"], "there is no ONNX file no.onnx"),
         (["predict", "{model}", "no.png"], "there is no image file or folder no.png"),
         (["predict", "{model}", "{empty}"], "has no images"),
-        (["predict", "{model}", "{text}"], "cannot be read"),
+        (["predict", "{model}", "{text}", "--no-optimize"], "cannot be read"),
         (["predict", "{text}", "{text}"], "not an ONNX file"),
         (["predict", "{model}", "{images}", "--threads", "0"], "threads must be at least 1"),
         (["export", "{run}", "model.pt"], "must end in .onnx"),
@@ -129,7 +131,6 @@ def test_mistakes(
     assert shown.err.count("\n") == 1
 
 
-@pytest.mark.filterwarnings("default")
 def test_predict_skips_what_cannot_be_read(
     exported: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,6 +142,10 @@ def test_predict_skips_what_cannot_be_read(
 
 
 def test_benchmark_of_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        library()
+    except DoesNotFit as reason:
+        pytest.skip(str(reason))
     engines = ["dense-torch", "masked", "compacted", "portable", "optimized", "bound"]
     words = ["benchmark", "cifar_resnet20", "--image-size", "16", "--repeats", "3", "--seed", "1"]
     assert cli.main([*words, "--engines", *engines]) == 0

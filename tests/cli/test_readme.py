@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from harness import run_command, write_cifar10
+from harness import Command, write_cifar10
 from PIL import Image
 
 import skipnet
@@ -86,11 +86,15 @@ def test_skipnet_commands_run_in_order(tmp_path: Path) -> None:
             words = words + OVERRIDES[words[1]]
         if words[0] == "benchmark":
             words = words + BENCHMARK
-        run_command(*words, folder=tmp_path)
+        command = Command(words, tmp_path)
+        assert command.wait() == 0, command.stderr
+        # Where there is no C compiler, the engine says so.
+        assert not command.stderr or words[0] in ("predict", "benchmark"), command.stderr
         ran += 1
     assert ran
 
 
+@pytest.mark.filterwarnings("default:.*run as it is, not optimised")
 def test_python_programs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     architecture = Architecture(name="cifar_resnet20", gate="rnn", in_channels=1)

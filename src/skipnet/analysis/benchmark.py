@@ -46,6 +46,9 @@ A deep network may amplify rounding beyond that: then three times what float32 c
 execution itself, against float64."""
 
 WARM_UP = 3
+PAUSE_SECONDS = 0.01
+"""Between turns with several threads: those of the engine before wait for more work by spinning."""
+
 BENCHMARK_SEED_TAG = 7001
 
 SURE = 1e-4
@@ -411,6 +414,8 @@ def _take_turns(
         report(f"turn {turn + 1} of {repeats}" if turn >= 0 else "warming up")
         start = turn % len(names)
         for name in names[start:] + names[:start]:
+            if torch.get_num_threads() > 1:
+                time.sleep(PAUSE_SECONDS)
             begin = time.perf_counter()
             runs[name](turn % num_batches)
             if turn >= 0:
