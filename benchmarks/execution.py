@@ -49,11 +49,12 @@ def main(*, out: Path, seed: int = 0) -> None:
     """
     cases: list[dict[str, Any]] = json.loads(out.read_text())["cases"] if out.exists() else []
     for model, batch_size, threads, keep, repeats, engines, target in CASES:
-        settings = {"model": model, "batch_size": batch_size, "threads": threads, "keep": keep}
-        if any(settings.items() <= case.items() for case in cases):
+        if any(_is(case, model, batch_size, threads, keep) for case in cases):
             continue
-        words = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-        words = [model, *words[1:], f"--repeats={repeats}", f"--seed={seed}", "--engines", *engines]
+        settings = {"batch-size": batch_size, "threads": threads, "keep": keep}
+        settings |= {"repeats": repeats, "seed": seed}
+        words = [model, *(f"--{name}={value}" for name, value in settings.items())]
+        words += ["--engines", *engines]
         # A process each: what one leaves in memory or in thread pools is not the next one's.
         done = subprocess.run(
             [sys.executable, "-m", "skipnet.cli", "benchmark", *words],
@@ -64,8 +65,14 @@ def main(*, out: Path, seed: int = 0) -> None:
         *table, line = done.stdout.splitlines()
         print("\n".join(table), flush=True)
         cases.append(json.loads(line) | {"target": target})
+        cases.sort(key=lambda case: [_is(case, *known[:4]) for known in CASES].index(True))
         kept = {"environment": environment(), "seed": seed, "cases": cases}
         write_atomically(out, (json.dumps(kept, indent=1) + "\n").encode())
+
+
+def _is(case: dict[str, Any], model: str, batch_size: int, threads: int, keep: float) -> bool:
+    found = (case["model"], case["batch_size"], case["threads"], case["keep"])
+    return found == (model, batch_size, threads, keep)
 
 
 if __name__ == "__main__":
