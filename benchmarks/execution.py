@@ -47,7 +47,14 @@ def main(*, out: Path, seed: int = 0) -> None:
         out: The JSON file; cases that it has are not timed again.
         seed: Of weights and decisions.
     """
-    cases: list[dict[str, Any]] = json.loads(out.read_text())["cases"] if out.exists() else []
+    # Once, before the file that is written makes the working tree a changed one.
+    here = environment()
+    kept = {"environment": here, "seed": seed, "cases": []}
+    if out.exists():
+        kept = json.loads(out.read_text())
+        if (kept["environment"]["commit"], kept["seed"]) != (here["commit"], seed):
+            raise SystemExit(f"{out} is of another commit or seed: move it away, or name another")
+    cases: list[dict[str, Any]] = kept["cases"]
     for model, batch_size, threads, keep, repeats, engines, target in CASES:
         if any(_is(case, model, batch_size, threads, keep) for case in cases):
             continue
@@ -66,7 +73,6 @@ def main(*, out: Path, seed: int = 0) -> None:
         print("\n".join(table), flush=True)
         cases.append(json.loads(line) | {"target": target})
         cases.sort(key=lambda case: [_is(case, *known[:4]) for known in CASES].index(True))
-        kept = {"environment": environment(), "seed": seed, "cases": cases}
         write_atomically(out, (json.dumps(kept, indent=1) + "\n").encode())
 
 

@@ -99,6 +99,12 @@ def _times(cases: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _ms(time: float | None) -> str:
+    if time is None:  # An engine that could not be had.
+        return ""
+    return f"{time:.3g}" if time < 1000 else f"{time:.0f}"
+
+
 def _trainings(results: dict[str, Any]) -> list[str]:
     """A line a stage, over the seeds."""
     runs = results["runs"]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from skipnet.errors import UserError
+from skipnet.execution.portable import first_line
 from skipnet.models.weights import ModelInfo
 from skipnet.routing.decisions import Fixed
 from skipnet.routing.network import SkipNet
@@ -101,14 +102,13 @@ def benchmark(
         images: One batch or several, [images, channels, height, width], normalised; those that do
             not fill a batch are left out.
         batch_size: Images a batch; all of them if not given.
-        keep: Share of blocks to run, at random, whatever the gates say (they are computed all the
-            same); None lets the gates decide.
+        keep: Share of the gated blocks that each image runs, drawn at random, whatever the gates
+            say (they are computed all the same); None lets the gates decide.
         seed: Of the random decisions, which are the same for every batch.
         threads: Threads of every engine.
         repeats: Turns of every engine.
         engines: Which to time. `dense-onnx` is timed always. One that cannot be had here
-            (`dense-openvino` not installed, `dense-compile` without a C++ compiler) is left out
-            with a warning.
+            is left out: `dense-openvino` where it is not installed, others with a warning.
         report: Is told what is being done.
 
     Returns:
@@ -125,7 +125,8 @@ def benchmark(
     mask = None
     if keep is not None:
         drawn = np.random.default_rng(sub_seed(seed, BENCHMARK_SEED_TAG, 0))
-        mask = drawn.random((batch_size, network.num_gates)) < keep
+        ranks = drawn.random((batch_size, network.num_gates)).argsort(axis=1).argsort(axis=1)
+        mask = ranks < round(keep * network.num_gates)
     with _threads(threads), tempfile.TemporaryDirectory() as folder:
         bench = _Bench(network, info, batches, mask, threads, Path(folder))
         runs: dict[str, Run] = {}
@@ -327,8 +328,7 @@ class _Bench:
         try:
             run(0)  # Compiles; what is wrong with the results is for `check`.
         except Exception as error:  # Of the compiler, or that there is none.
-            reason = str(error).strip().splitlines()[0]
-            warnings.warn(f"dense-compile is left out: {reason}", stacklevel=2)
+            warnings.warn(f"dense-compile is left out: {first_line(error)}", stacklevel=2)
             return None
         return run
 
@@ -407,13 +407,12 @@ def _decision(mask: np.ndarray | None) -> Any:
 def _take_turns(
     runs: dict[str, Run], num_batches: int, repeats: int, report: Callable[[str], None]
 ) -> dict[str, list[float]]:
-    """Milliseconds of every turn of every engine; each turn starts with another one."""
+    """Milliseconds of every turn of every engine; each turn has its own order."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
+    order = np.random.default_rng(0)
     for turn in range(-WARM_UP, repeats):
         report(f"turn {turn + 1} of {repeats}" if turn >= 0 else "warming up")
-        start = turn % len(names)
-        for name in names[start:] + names[:start]:
+        for name in order.permutation(list(runs)).tolist():
             if torch.get_num_threads() > 1:
                 time.sleep(PAUSE_SECONDS)
             begin = time.perf_counter()

@@ -20,6 +20,7 @@ from skipnet.errors import UserError
 from skipnet.models import list_models
 from skipnet.models.weights import ModelInfo
 from skipnet.routing.gates import GateName
+from skipnet.seeding import WEIGHTS, sub_seed
 from skipnet.training.config import StageName
 
 DEFAULT_KEEP = 0.5
@@ -53,8 +54,8 @@ def benchmark(
 
     Args:
         model: A run directory, a model file, or a name of the registry (random weights).
-        keep: Run this share of the blocks, drawn at random, whatever the gates say; they are
-            computed all the same. If not given, the gates of a trained network decide on its test
+        keep: Let each image run this share of the gated blocks, drawn at random, whatever the
+            gates say; they are computed all the same. If not given, the gates of a trained network decide on its test
             images, and a network of the registry runs half of its blocks.
         seed: Of weights and decisions that are drawn.
         batch_size: Images a batch.
@@ -71,7 +72,7 @@ def benchmark(
         raise UserError(f"batch_size must be at least 1, not {batch_size}")
     if image_size is not None and image_size < 1:
         raise UserError(f"image_size is {image_size}; set it to 1 or more pixels")
-    torch.manual_seed(seed)
+    torch.manual_seed(sub_seed(seed, WEIGHTS, 0))
     network, about = open_model(model, stage=stage, gate=gate)
     named = model in list_models()
     size = about.image_size if image_size is None else (image_size, image_size)
