@@ -55,8 +55,8 @@ def benchmark(
     Args:
         model: A run directory, a model file, or a name of the registry (random weights).
         keep: Let each image run this share of the gated blocks, drawn at random, whatever the
-            gates say; they are computed all the same. If not given, the gates of a trained network decide on its test
-            images, and a network of the registry runs half of its blocks.
+            gates say; they are computed all the same. If not given, the gates of a trained network
+            decide on its test images, and a network of the registry runs half of its blocks.
         seed: Of weights and decisions that are drawn.
         batch_size: Images a batch.
         threads: Threads of every engine.
