@@ -4,6 +4,8 @@ import importlib
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
+from skipnet.errors import extras_named as _extras_named
+
 if TYPE_CHECKING:
     from skipnet.analysis.evaluate import Evaluation as Evaluation
     from skipnet.analysis.evaluate import evaluate as evaluate
@@ -63,7 +65,8 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'skipnet' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"skipnet.{_HOME_OF[name]}"), name)
+    with _extras_named():
+        value = getattr(importlib.import_module(f"skipnet.{_HOME_OF[name]}"), name)
     globals()[name] = value
     return value
 

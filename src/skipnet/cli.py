@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import tyro
 
 import skipnet
-from skipnet.errors import Interrupted, UserError
+from skipnet.errors import Interrupted, UserError, extras_named
 
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
@@ -89,13 +89,14 @@ def _dispatch(words: list[str]) -> None:
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {name!r}: {hint}")
     module, function = COMMANDS[name][0].split(":")
-    command: Callable[..., Any] = getattr(
-        importlib.import_module(f"skipnet.commands.{module}"), function
-    )
-    if function == "main":  # Reads its arguments itself.
-        command(rest)
-    else:
-        tyro.cli(command, prog=f"skipnet {name}", args=rest)
+    with extras_named():
+        command: Callable[..., Any] = getattr(
+            importlib.import_module(f"skipnet.commands.{module}"), function
+        )
+        if function == "main":  # Reads its arguments itself.
+            command(rest)
+        else:
+            tyro.cli(command, prog=f"skipnet {name}", args=rest)
 
 
 def _usage() -> str:

@@ -1,5 +1,8 @@
 """What ends a command in other ways than success or a defect of ours."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """A user's mistake: the message says what is wrong and what to do instead.
@@ -7,6 +10,17 @@ class UserError(ValueError):
     The commands print it as one line and exit with a non-zero status; any other exception is a
     defect of ours and keeps its traceback.
     """
+
+
+@contextmanager
+def extras_named() -> Iterator[None]:
+    """Turn the lack of an optional package into a `UserError` that says how to install it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in ("onnx", "onnxruntime", "onnxscript"):
+            raise
+        raise UserError(f"{error.name} is not installed: pip install 'skipnet[onnx]'") from None
 
 
 class Interrupted(Exception):

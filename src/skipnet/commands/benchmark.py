@@ -42,7 +42,7 @@ def benchmark(
     engines: tuple[EngineName, ...] = ENGINES,
     data: str | None = None,
     stage: StageName | None = None,
-    gate: GateName = "rnn",
+    gate: GateName | None = None,
 ) -> dict[str, Any]:
     """Time a network in every engine, in turns; the last line of stdout is one JSON object.
 
@@ -66,15 +66,19 @@ def benchmark(
         data: Test images for a trained network: a data set's name or folder; those of its run if
             not given.
         stage: Which stage of a run; its last finished one if not given.
-        gate: Kind of gate, for a name of the registry.
+        gate: Kind of gate, for a name of the registry; rnn if not given.
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, not {batch_size}")
     if image_size is not None and image_size < 1:
         raise UserError(f"image_size is {image_size}; set it to 1 or more pixels")
     torch.manual_seed(sub_seed(seed, WEIGHTS, 0))
-    network, about = open_model(model, stage=stage, gate=gate)
     named = model in list_models()
+    if data is not None and (named or keep is not None):
+        raise UserError(
+            "--data is for a trained network whose gates decide: leave it or --keep out"
+        )
+    network, about = open_model(model, stage=stage, gate=(gate or "rnn") if named else gate)
     size = about.image_size if image_size is None else (image_size, image_size)
     if named and keep is None:
         keep = DEFAULT_KEEP

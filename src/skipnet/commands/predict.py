@@ -52,7 +52,8 @@ def predict(
 ) -> list[Prediction]:
     """Classify image files with an exported network: class, probability, blocks run, MACs, ms.
 
-    Images are resized to the size that the network was trained on.
+    Images are scaled and cut to the size that the network was trained on; where that is not square,
+    they must have it.
 
     Args:
         model: A file that skipnet export wrote.

@@ -14,6 +14,7 @@ are carried beside the features, so that only blocks that run pay for pooling.
 """
 
 import copy
+import hashlib
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,30 +32,70 @@ from torch.nn import functional
 
 from skipnet.errors import UserError
 from skipnet.execution.fused import fold_batch_norms
-from skipnet.execution.portable import BATCH, DECISIONS, IMAGES, LOGITS, set_metadata
+from skipnet.execution.portable import (
+    BATCH,
+    DECISIONS,
+    IMAGES,
+    LOGITS,
+    open_session,
+    set_metadata,
+)
 from skipnet.files import write_atomically
 from skipnet.models.weights import ModelInfo
 from skipnet.routing.gates import FFGateI, FFGateII, Gate, RNNGate
 from skipnet.routing.network import SkipNet
 
 OPSET = 20
+NUM_COMPARED = 4
+TOLERANCE = 1e-3
+"""How far a file's logits may lie from the network's, as a share of the largest."""
+SURE = 1e-4
+"""How far a gate's logit must be from the threshold to count."""
 IR_VERSION = 10
 MAX_BYTES = 2**31 - 2**20
 """What fits into one file of protocol buffers, with some room for the graph."""
 
 
-def export(model: SkipNet, path: str | os.PathLike[str], info: ModelInfo) -> None:
-    """Write a network as a portable ONNX file, atomically.
+def export(model: SkipNet, path: str | os.PathLike[str], info: ModelInfo) -> float:
+    """Write a network as a portable ONNX file, atomically, once it computes what the network does.
 
     Args:
         model: The network, with or without gates; it is not changed.
         path: Where to.
         info: Size of the images, preprocessing and class names, which travel in the file.
 
+    Returns:
+        How far the file's logits lie from the network's, at most, on a few images of noise.
+
     Raises:
-        UserError: On a gate that cannot be exported, or when the file cannot be written.
+        UserError: On a gate that cannot be exported, when the file would not compute what the
+            network does, or when it cannot be written.
     """
-    write_atomically(Path(path), to_onnx(model, info).SerializeToString())
+    data = to_onnx(model, info).SerializeToString()
+    error = _compare(model, data, info)
+    write_atomically(Path(path), data)
+    return error
+
+
+def _compare(model: SkipNet, data: bytes, info: ModelInfo) -> float:
+    network = copy.deepcopy(model).cpu().float().eval()
+    session = open_session(data, threads=None, providers=["CPUExecutionProvider"])
+    generator = torch.Generator().manual_seed(0)
+    shape = (NUM_COMPARED, info.architecture.in_channels, *info.image_size)
+    images = torch.randn(shape, generator=generator)
+    with torch.inference_mode():
+        expected, routing = network(images)
+    logits, *decided = session.run(None, {IMAGES: images.numpy()})
+    # Where a gate's logit is as good as zero, both ways are right.
+    sure = (routing.logits.abs() > SURE).all(dim=1).numpy()
+    error = float(np.abs(logits - expected.numpy())[sure].max(initial=0.0))
+    wrong = decided and not np.array_equal(decided[0][sure], routing.executed.numpy()[sure])
+    if wrong or not error <= TOLERANCE * max(1.0, float(expected.abs().max())):
+        raise UserError(
+            f"the exported file would not compute what the network does (off by {error:.2g}): a "
+            "part of the network cannot be exported"
+        )
+    return error
 
 
 def to_onnx(
@@ -528,16 +569,30 @@ def _cut(
 def _signature(module: nn.Module, example: Sequence[Tensor]) -> str:
     """What makes the translation of a module, its weights aside."""
     parts: list[Any] = []
+    ordinary = vars(nn.Module()).keys()
+    state = module.state_dict()
     for name, layer in module.named_modules():
+        traced = isinstance(layer, torch.fx.GraphModule)
         own = [
-            (
-                key,
-                value if isinstance(value, int | float | str | bool | tuple | None) else id(value),
-            )
+            (key, _fact(value))
             for key, value in sorted(vars(layer).items())
-            if not key.startswith("_")
+            # What a traced module keeps besides tensors is about its code.
+            if key not in ordinary and (not traced or isinstance(value, Tensor))
         ]
-        code = layer.code if isinstance(layer, torch.fx.GraphModule) else ""
-        parts.append((name, type(layer).__qualname__, code, repr(own) if not code else ""))
-    weights = [(name, tensor.shape, tensor.dtype) for name, tensor in module.state_dict().items()]
+        parts.append((name, type(layer), layer.code if traced else "", own))
+    # A buffer that is not in the state is no weight of an instance.
+    parts += [(key, _fact(b)) for key, b in module.named_buffers() if key not in state]
+    weights = [(name, tensor.shape, tensor.dtype) for name, tensor in state.items()]
     return repr((parts, weights, [tensor.shape for tensor in example]))
+
+
+def _fact(value: Any) -> Any:
+    """What makes a value what it is; its identity where that cannot be told."""
+    if value is None or isinstance(value, int | float | str | bool):
+        return value
+    if isinstance(value, list | tuple):
+        return tuple(map(_fact, value))
+    if isinstance(value, Tensor):
+        data = value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
+        return value.shape, value.dtype, hashlib.sha256(data).hexdigest()
+    return id(value)

@@ -40,7 +40,10 @@ def library() -> Path:
         if _is_whole(folder / name):
             return folder / name
         return _compile(compiler, folder, name)
-    except OSError:  # A cache that cannot be written: for this process only.
+    except (
+        OSError,
+        RuntimeError,
+    ):  # No home, or a cache that cannot be written: for this process only.
         private = tempfile.TemporaryDirectory(prefix="skipnet-", ignore_cleanup_errors=True)
         atexit.register(private.cleanup)
         return _compile(compiler, Path(private.name), name)
@@ -48,10 +51,10 @@ def library() -> Path:
 
 def cache_folder() -> Path:
     """Where compiled programs are kept."""
-    if "SKIPNET_CACHE" in os.environ:
-        return Path(os.environ["SKIPNET_CACHE"])
+    if own := os.environ.get("SKIPNET_CACHE"):
+        return Path(own).absolute()
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "skipnet"
+    return (Path(base).absolute() if base else Path.home() / ".cache") / "skipnet"
 
 
 @functools.cache

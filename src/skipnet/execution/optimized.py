@@ -20,6 +20,7 @@ itself, by SWAP otherwise. A skipped block therefore leaves everything as it sho
 """
 
 import contextlib
+import glob
 import hashlib
 import tempfile
 from collections.abc import Sequence
@@ -52,6 +53,21 @@ BUILD_VERSION = 1
 TOLERANCE = 1e-3
 """How far an engine's logits may lie from the portable file's, as a share of the largest."""
 TRIES = 3
+SHAPED = {"ReduceMean", "ReduceSum", "ReduceMax", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Pad"}
+"""Operators whose later inputs say of what shape the output is."""
+OPERATORS = SHAPED | {
+    *("Add", "AveragePool", "BatchNormalization", "BiasGelu", "Cast", "Clip", "Concat", "Conv"),
+    *("Div", "Elu", "Erf", "Exp", "FastGelu", "Flatten", "FusedConv", "FusedGemm", "FusedMatMul"),
+    *("Gelu", "Gemm", "GlobalAveragePool", "GlobalMaxPool", "GroupNormalization", "HardSigmoid"),
+    *("HardSwish", "Identity", "InstanceNormalization", "LayerNormalization", "LeakyRelu", "Log"),
+    *("MatMul", "Max", "MaxPool", "Min", "Mish", "Mul", "Neg", "PRelu", "Pow", "QuickGelu"),
+    *("Reciprocal", "Relu", "Selu", "Sigmoid", "SimplifiedLayerNormalization", "Softmax"),
+    *("Softplus", "Sqrt", "Sub", "Sum", "Tanh", "Transpose"),
+}
+"""Operators whose outputs are as large as the inputs' shapes and the attributes say.
+
+Slots are sized when the program is made; what an image could make larger would be written past one.
+"""
 END, RUN, SWAP, LSTM, LOGIT, BRANCH, JUMP = range(7)
 _DIGEST = "skipnet-optimized"
 
@@ -110,17 +126,22 @@ def build(path: Path, data: bytes, info: PortableInfo) -> Engine:
 def _build(path: Path, data: bytes, info: PortableInfo) -> Engine:
     library()  # Without a compiler there is nothing to optimise for.
     portable = _Portable(ModelProto.FromString(data), info)
-    key = hashlib.sha256(data)
+    machine = hashlib.sha256()
     for fact in (str(BUILD_VERSION), onnxruntime().__version__, *processor()):
-        key.update(fact.encode() + b"\0")
-    kept = path.with_name(f"{path.stem}.{key.hexdigest()[:16]}.optimized.onnx")
-    dense = _read_kept(kept, key.digest())
+        machine.update(fact.encode() + b"\0")
+    key = hashlib.sha256(data).digest() + machine.digest()
+    here = f"{machine.hexdigest()[:8]}.optimized.onnx"
+    kept = path.with_name(f"{path.stem}.{key.hex()[:8]}-{here}")
+    dense = _read_kept(kept, key)
     if dense is not None:
         return _Builder(portable, dense).engine()
     dense = _optimise(portable.dense())
     engine = _Builder(portable, dense).engine()
     _compare(engine, data, info)
-    _keep(dense, kept, key.digest())
+    for earlier in path.parent.glob(f"{glob.escape(path.stem)}.????????-{here}"):
+        with contextlib.suppress(OSError):
+            earlier.unlink()
+    _keep(dense, kept, key)
     return engine
 
 
@@ -500,6 +521,10 @@ class _Builder:
         """An operator as `route.c` reads it."""
         if len([name for name in node.output if name]) != 1:
             raise DoesNotFit(f"{node.op_type} has several outputs")
+        if node.domain != NCHWC and node.op_type not in OPERATORS:
+            raise DoesNotFit(f"{node.op_type} is not among the operators known to be safe")
+        if node.op_type in SHAPED and not set(node.input[1:]) <= {"", *self.initializers}:
+            raise DoesNotFit(f"{node.op_type} gives a shape that depends on the image")
         version, constraints = 1, ["T 1"]
         if node.domain in ("", "ai.onnx"):
             schema = onnx.defs.get_schema(node.op_type, self.opset.get("", 1))
@@ -599,11 +624,13 @@ def _attribute(node: NodeProto, name: str) -> Any:
 
 def _describe_attribute(attribute: Any) -> str:
     value = helper.get_attribute_value(attribute)
-    kinds = {int: "i", float: "f", bytes: "s"}
-    if type(value) in kinds:
-        text = value.decode() if isinstance(value, bytes) else repr(value)
-        return f"{attribute.name} {kinds[type(value)]} {text}"
-    if isinstance(value, list | tuple) and value and type(value[0]) in (int, float):
-        kind = "I" if isinstance(value[0], int) else "F"
-        return f"{attribute.name} {kind} {' '.join(map(repr, value))}"
+    if isinstance(value, bytes):
+        return f"{attribute.name} s {value.decode()}"
+    kind = "i" if type(value) in (int, float) else "I"
+    values = [value] if kind == "i" else value
+    if isinstance(values, list | tuple) and values and type(values[0]) in (int, float):
+        if isinstance(values[0], float):  # As the integers of their bits.
+            kind = {"i": "f", "I": "F"}[kind]
+            values = np.asarray(values, np.float32).view(np.int32).tolist()
+        return f"{attribute.name} {kind} {' '.join(map(str, values))}"
     raise DoesNotFit(f"an attribute {attribute.name} of a kind that has no place in a program")

@@ -130,6 +130,7 @@ static Status *read_ops(Kernel *kernel, const Info *info) {
   text[size] = 0;
   char *line = strtok_r(text, "\n", &rest);
   kernel->ops = calloc(kernel->num_ops + 1, sizeof(Op *));
+  if (!kernel->ops) status = fail("out of memory");
   for (int i = 0; i < kernel->num_ops && !status; i++) {
     char name[NAME], domain[NAME], constraints[4][NAME];
     const char *names[4];
@@ -160,9 +161,13 @@ static Status *read_ops(Kernel *kernel, const Info *info) {
         float values[MAX_INTS];
         int count = 0;
         for (char *end; count < MAX_INTS; line = end) {
-          values[count] = strtof(line, &end);
+          int32_t bits = strtoll(line, &end, 10); /* As text it would depend on the locale. */
           if (end == line) break;
-          count++;
+          memcpy(&values[count++], &bits, sizeof bits);
+        }
+        if (*line) {
+          status = fail("an attribute of more numbers than this program has room for");
+          break;
         }
         status = create_attribute()(key, values, count,
                                     kind == 'f' ? ATTRIBUTE_FLOAT : ATTRIBUTE_FLOATS,
@@ -174,6 +179,10 @@ static Status *read_ops(Kernel *kernel, const Info *info) {
           values[count] = strtoll(line, &end, 10);
           if (end == line) break;
           count++;
+        }
+        if (*line) {
+          status = fail("an attribute of more numbers than this program has room for");
+          break;
         }
         status = create_attribute()(key, values, count,
                                     kind == 'i' ? ATTRIBUTE_INT : ATTRIBUTE_INTS, &attributes[made]);
@@ -248,7 +257,12 @@ static Status *fill(Kernel *kernel, const Info *info) {
   int64_t *counts = NULL;
   TRY(read_ints(info, "program", &kernel->program, &size));
   TRY(read_ints(info, "slots", &kernel->slots, &size));
-  TRY(read_ints(info, "counts", &counts, &size));
+  Status *status = read_ints(info, "counts", &counts, &size);
+  if (!status && size != 9) status = fail("not nine counts");
+  if (status) {
+    free(counts);
+    return status;
+  }
   kernel->num_slots = counts[0];
   kernel->num_constants = counts[1];
   kernel->num_ops = counts[2];

@@ -57,9 +57,18 @@ class InferenceSession:
         if threads is not None and threads < 1:
             raise UserError(f"threads must be at least 1, not {threads}")
         self._threads = threads or _cores()
-        providers = _providers(providers)
         data, self.info = load_onnx(path)
         self._runner: _Portable | _Optimized | None = None
+        if providers is None:
+            providers = ["CPUExecutionProvider"]
+            if "CUDAExecutionProvider" in onnxruntime().get_available_providers():
+                # Compiled in, but perhaps without a GPU: then it falls back to the CPU.
+                both = ["CUDAExecutionProvider", *providers]
+                portable = _Portable(path, data, self._threads, both, spin)
+                if "CUDAExecutionProvider" in portable.session.get_providers():
+                    self._runner, providers = portable, both
+        else:
+            _demand_providers(providers)
         if optimize and providers == ["CPUExecutionProvider"] and self.info.cost.gates:
             try:
                 self._runner = _Optimized(
@@ -196,18 +205,14 @@ class _Optimized:
         return [(row, self._rows(session, images, (row,))[0]) for row in rows]
 
 
-def _providers(providers: list[str] | None) -> list[str]:
+def _demand_providers(providers: list[str]) -> None:
     known = onnxruntime().get_available_providers()
-    if providers is None:
-        cuda = [name for name in known if name == "CUDAExecutionProvider"]
-        return [*cuda, "CPUExecutionProvider"]
     unknown = [name for name in providers if name not in known]
     if unknown or not providers:
         raise UserError(
             f"this ONNX Runtime has no provider {', '.join(unknown) or 'of no name'}: use some of "
             f"{', '.join(known)}"
         )
-    return list(providers)
 
 
 def _cores() -> int:
