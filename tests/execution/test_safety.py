@@ -115,11 +115,10 @@ def test_an_operator_whose_output_an_image_sizes_is_not_optimised(tmp_path: Path
     at = next(i for i, node in enumerate(proto.graph.node) if "x0" in node.output)
     proto.graph.node[at].output[0] = "x0/before"
     # As many numbers as the largest feature says, summed up: none on zeros, too many on an image.
-    steps = [("test/zero", 0.0), ("test/one", 1.0)]
+    values = {"test/zero": 0.0, "test/one": 1.0, "test/many": [1e6]}
     proto.graph.initializer.extend(
-        numpy_helper.from_array(np.array(value, np.float32), name) for name, value in steps
+        numpy_helper.from_array(np.array(value, np.float32), name) for name, value in values.items()
     )
-    proto.graph.initializer.append(numpy_helper.from_array(np.array([1e6], np.float32), "test/many"))
     added = [
         helper.make_node("ReduceMax", ["x0/before"], ["largest"], keepdims=0),
         helper.make_node("Mul", ["largest", "test/many"], ["wide"]),
