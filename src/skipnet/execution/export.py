@@ -109,7 +109,8 @@ def to_onnx(
         forced: Decisions to take whatever the gates say, bool [batch, gates], for measurements: the
             gates are computed all the same. The file then takes batches of this size only.
     """
-    network = model.fuse().cpu().float()
+    # In channels_last the exporter sees strided views, which take more nodes.
+    network = model.fuse().cpu().float().to(memory_format=torch.contiguous_format)
     channels, (height, width) = info.architecture.in_channels, info.image_size
     cost = network.cost(channels, height, width)
     graph = _Graph()

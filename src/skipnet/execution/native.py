@@ -107,6 +107,7 @@ def _compile(compiler: list[str], folder: Path, name: str) -> Path:
             file.write(hashlib.sha256(code).digest())
             file.flush()
             os.fsync(file.fileno())
+        temporary.chmod(0o755)
         os.replace(temporary, folder / name)
     finally:
         temporary.unlink(missing_ok=True)

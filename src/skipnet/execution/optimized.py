@@ -53,7 +53,17 @@ BUILD_VERSION = 1
 TOLERANCE = 1e-3
 """How far an engine's logits may lie from the portable file's, as a share of the largest."""
 TRIES = 3
-SHAPED = {"ReduceMean", "ReduceSum", "ReduceMax", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Pad"}
+SHAPED = {
+    "Gather",
+    "ReduceMean",
+    "ReduceSum",
+    "ReduceMax",
+    "Reshape",
+    "Squeeze",
+    "Unsqueeze",
+    "Slice",
+    "Pad",
+}
 """Operators whose later inputs say of what shape the output is."""
 OPERATORS = SHAPED | {
     *("Add", "AveragePool", "BatchNormalization", "BiasGelu", "Cast", "Clip", "Concat", "Conv"),
