@@ -40,8 +40,7 @@ from skipnet.execution.portable import (
     IMAGES,
     LOGITS,
     PortableInfo,
-    first_line,
-    of_onnxruntime,
+    errors_as,
     onnxruntime,
     open_session,
 )
@@ -100,7 +99,7 @@ class Engine:
         Raises:
             DoesNotFit: When this ONNX Runtime will not have it.
         """
-        try:
+        with errors_as(DoesNotFit):
             return open_session(
                 self.model,
                 threads=threads,
@@ -108,10 +107,6 @@ class Engine:
                 custom_ops=library(),
                 **settings,
             )
-        except Exception as error:
-            if not of_onnxruntime(error):
-                raise
-            raise DoesNotFit(first_line(error)) from None
 
 
 def build(path: Path, data: bytes, info: PortableInfo) -> Engine:
@@ -125,12 +120,8 @@ def build(path: Path, data: bytes, info: PortableInfo) -> Engine:
     Raises:
         DoesNotFit: When there can be none here.
     """
-    try:
+    with errors_as(DoesNotFit):
         return _build(path, data, info)
-    except Exception as error:
-        if not of_onnxruntime(error):
-            raise
-        raise DoesNotFit(first_line(error)) from None
 
 
 def _build(path: Path, data: bytes, info: PortableInfo) -> Engine:

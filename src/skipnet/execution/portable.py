@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,9 +95,15 @@ def onnxruntime() -> Any:
     return onnxruntime
 
 
-def of_onnxruntime(error: Exception) -> bool:
-    """Whether ONNX Runtime raised this."""
-    return type(error).__module__.startswith("onnxruntime")
+@contextmanager
+def errors_as(make: Callable[[str], Exception]) -> Iterator[None]:
+    """Turn what ONNX Runtime raises into another error, made of its first line."""
+    try:
+        yield
+    except Exception as error:  # Its errors have no common class of their own.
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        raise make(first_line(error)) from None
 
 
 def first_line(error: Exception) -> str:

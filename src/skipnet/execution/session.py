@@ -14,9 +14,8 @@ from skipnet.execution import optimized
 from skipnet.execution.native import DoesNotFit
 from skipnet.execution.portable import (
     IMAGES,
-    first_line,
+    errors_as,
     load_onnx,
-    of_onnxruntime,
     onnxruntime,
     open_session,
 )
@@ -69,8 +68,10 @@ class InferenceSession:
                     self._runner, providers = portable, both
         else:
             _demand_providers(providers)
-        if optimize and providers == ["CPUExecutionProvider"] and self.info.cost.gates:
+        if optimize and self.info.cost.gates:
             try:
+                if providers != ["CPUExecutionProvider"]:
+                    raise DoesNotFit(f"the engine is for the CPU alone, not {providers[0]}")
                 self._runner = _Optimized(
                     optimized.build(path, data, self.info), self._threads, spin
                 )
@@ -97,12 +98,8 @@ class InferenceSession:
         """
         feed = self._check(images)
         assert self._runner is not None
-        try:
+        with errors_as(lambda reason: UserError(f"{self._path} cannot be run: {reason}")):
             logits, decisions = self._runner.run(feed)
-        except Exception as error:
-            if not of_onnxruntime(error):
-                raise
-            raise UserError(f"{self._path} cannot be run: {first_line(error)}") from None
         _demand_finite(logits)
         none = np.zeros((len(feed), 0), np.float32)
         return logits, Routing(logits=none, decisions=decisions, cost=self.info.cost)
@@ -139,12 +136,8 @@ class _Portable:
     def __init__(
         self, path: Path, data: bytes, threads: int, providers: list[str], spin: bool
     ) -> None:
-        try:
+        with errors_as(lambda reason: UserError(f"{path} is damaged: ONNX Runtime says {reason}")):
             self.session = open_session(data, threads=threads, providers=providers, spin=spin)
-        except Exception as error:
-            if not of_onnxruntime(error):
-                raise
-            raise UserError(f"{path} is damaged: ONNX Runtime says {first_line(error)}") from None
 
     def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         logits, *decisions = self.session.run(None, {IMAGES: images})
