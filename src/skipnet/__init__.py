@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from skipnet.recipes import recipe as recipe
     from skipnet.routing.cost import Cost as Cost
     from skipnet.routing.decisions import Fixed as Fixed
+    from skipnet.routing.decisions import Gumbel as Gumbel
     from skipnet.routing.decisions import Random as Random
     from skipnet.routing.decisions import Sample as Sample
     from skipnet.routing.decisions import Soft as Soft
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from skipnet.routing.gates import FFGateI as FFGateI
     from skipnet.routing.gates import FFGateII as FFGateII
     from skipnet.routing.gates import RNNGate as RNNGate
+    from skipnet.routing.gates import StaticGate as StaticGate
     from skipnet.routing.network import SkipNet as SkipNet
     from skipnet.routing.trace import Routing as Routing
     from skipnet.training.config import TrainConfig as TrainConfig
@@ -52,8 +54,16 @@ _HOMES = {
     "models.weights": ("ModelInfo", "load", "save"),
     "recipes": ("list_recipes", "recipe"),
     "routing.cost": ("Cost",),
-    "routing.decisions": ("Fixed", "Random", "Sample", "Soft", "StraightThrough", "Threshold"),
-    "routing.gates": ("FFGateI", "FFGateII", "RNNGate"),
+    "routing.decisions": (
+        "Fixed",
+        "Gumbel",
+        "Random",
+        "Sample",
+        "Soft",
+        "StraightThrough",
+        "Threshold",
+    ),
+    "routing.gates": ("FFGateI", "FFGateII", "RNNGate", "StaticGate"),
     "routing.network": ("SkipNet",),
     "routing.trace": ("Routing",),
     "training.config": ("TrainConfig",),

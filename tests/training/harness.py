@@ -36,6 +36,7 @@ from skipnet.training.config import (
     OptimizerConfig,
     ScheduleConfig,
     StageConfig,
+    SupervisedConfig,
 )
 
 STAGES = ("dense", "sp", "hrl")
@@ -134,7 +135,7 @@ def tiny_config(**changes: Any) -> TrainConfig:
         model=ModelConfig(name="tiny_resnet", gate="rnn"),
         data=DataConfig(name="digits", padding=1, flip=True),
         dense=StageConfig(**length, optimizer=optimizer, schedule=schedule),
-        sp=StageConfig(**length, optimizer=optimizer, schedule=schedule),
+        sp=SupervisedConfig(**length, optimizer=optimizer, schedule=schedule),
         hrl=HybridConfig(
             **length,
             optimizer=optimizer,

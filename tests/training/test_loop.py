@@ -338,6 +338,6 @@ class TestDivergence:
             # The value is the loss's own, the gradient 0 / 0.
             return original(logits, labels, **options) + 0 * (0 * logits.sum()).sqrt()
 
-        monkeypatch.setattr("skipnet.tasks.supervised.functional.cross_entropy", explode)
+        monkeypatch.setattr("skipnet.tasks.criterion.functional.cross_entropy", explode)
         with pytest.raises(UserError, match="by step 1"):
             skipnet.train(config, output=tmp_path / "run")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import skipnet
-from skipnet import Fixed, Random, Sample, Soft, StraightThrough, Threshold, UserError
+from skipnet import Fixed, Gumbel, Random, Sample, Soft, StraightThrough, Threshold, UserError
 from skipnet.routing.decisions import Decision, named_decision
 
 TIE = [-3.0, -1e-6, -0.0, 0.0, 1e-6, 3.0]
@@ -53,6 +53,27 @@ def test_straight_through_is_exactly_0_or_1_forward_and_sigmoid_backward(
     expected = [sigmoid(x) * sigmoid(-x) for x in logit.tolist()]
     tolerance = 0.02 if dtype == torch.bfloat16 else 1e-6
     assert logit.grad.tolist() == pytest.approx(expected, rel=tolerance, abs=tolerance)
+
+
+def test_gumbel_samples_forward_and_differentiates_the_noisy_sigmoid() -> None:
+    logit = torch.full((20_000,), 0.8, dtype=torch.float64, requires_grad=True)
+    g = Gumbel(generator())(logit, 0, True)
+    assert set(g.tolist()) == {0.0, 1.0}
+    assert g.mean().item() == pytest.approx(sigmoid(0.8), abs=0.01)
+    g.sum().backward()
+    # The same noise again: sigmoid is monotone, so g = 1 where the noisy logit is above 0.
+    uniform = torch.rand(20_000, generator=generator())
+    noisy = 0.8 + (uniform / (1 - uniform)).double().log()
+    assert torch.equal(g > 0, noisy > 0)
+    assert logit.grad is not None
+    expected = torch.sigmoid(noisy) * torch.sigmoid(-noisy)
+    torch.testing.assert_close(logit.grad, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_gumbel_is_the_threshold_outside_of_training() -> None:
+    logit = torch.tensor(TIE, requires_grad=True)
+    g = Gumbel()(logit, 0, False)
+    assert g.tolist() == [0, 0, 0, 0, 1, 1] and not g.requires_grad
 
 
 def test_straight_through_carries_no_gradient_outside_of_training() -> None:
@@ -217,13 +238,16 @@ def test_decisions_by_name(name: str, kind: type) -> None:
 
 
 def test_unknown_decision_names_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"'hard'.*threshold, straight-through, sample, soft"):
+    with pytest.raises(
+        UserError, match=r"'hard'.*threshold, straight-through, gumbel, sample, soft"
+    ):
         named_decision("hard")
 
 
 EVERY = [
     Threshold(),
     StraightThrough(),
+    Gumbel(generator()),
     Sample(generator()),
     Soft(),
     Fixed(torch.ones(8)),
@@ -234,7 +258,7 @@ EVERY = [
 def refused(decision: Decision, training: bool, grad: bool) -> bool:
     """Soft in training is between 0 and 1; straight-through in training carries a gradient."""
     return training and (
-        isinstance(decision, Soft) or (isinstance(decision, StraightThrough) and grad)
+        isinstance(decision, Soft) or (isinstance(decision, StraightThrough | Gumbel) and grad)
     )
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from skipnet import FFGateI, FFGateII, RNNGate
+import skipnet
+from skipnet import FFGateI, FFGateII, RNNGate, StaticGate
 from skipnet.routing.gates import GATES, Gate
 
 CHANNELS = (4, 4, 6)
@@ -50,6 +51,8 @@ def halve_decisions(gate: Gate, logits: Tensor) -> None:
     with torch.no_grad():
         if isinstance(gate, RNNGate):
             gate.project.bias -= logits.mean()
+        elif isinstance(gate, StaticGate):
+            gate.logits[1] *= -1
         else:
             for unit, column in zip(gate.units, logits.T, strict=True):
                 unit.linear.bias[1] -= column.mean()
@@ -153,7 +156,7 @@ def test_initial_keep_probability_when_nothing_but_the_bias_speaks(
     gate = GATES[kind](CHANNELS, **options).double().eval()
     with torch.no_grad():
         for name, parameter in gate.named_parameters():
-            if not name.endswith(("project.bias", "linear.bias")):
+            if not name.endswith(("project.bias", "linear.bias", "logits")):
                 parameter.zero_()
     probability = torch.sigmoid(logits_of(gate, feature_maps((4, 4))))
     expected = torch.full_like(probability, initial_keep or 0.9)
@@ -227,5 +230,24 @@ def test_every_gate_parameter_gets_a_gradient(kind: str) -> None:
     gate = GATES[kind](CHANNELS).double()
     maps = [x.requires_grad_() for x in feature_maps((4, 4))]
     logits_of(gate, maps).square().sum().backward()
-    for name, tensor in [*gate.named_parameters(), *enumerate(maps)]:
+    read = [] if kind == "static" else list(enumerate(maps))
+    for name, tensor in [*gate.named_parameters(), *read]:
         assert tensor.grad is not None and tensor.grad.abs().sum() > 0, name
+
+
+def test_static_gate_sees_nothing_and_costs_nothing() -> None:
+    gate = perturbed(StaticGate(CHANNELS))
+    logits = logits_of(gate, feature_maps((4, 4), batch=5))
+    assert torch.equal(logits, gate.logits.expand(5, -1))
+    assert skipnet.create("cifar_resnet20", gate="static").cost(3, 32, 32).gates == (0,) * 8
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_set_keep_is_the_initial_keep(kind: str) -> None:
+    torch.manual_seed(0)
+    fresh = GATES[kind](CHANNELS, initial_keep=0.3)
+    torch.manual_seed(0)
+    changed = GATES[kind](CHANNELS)
+    changed.set_keep_(0.3)
+    for (name, one), other in zip(fresh.named_parameters(), changed.parameters(), strict=True):
+        assert torch.equal(one, other), name

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from skipnet import Fixed, SkipNet, UserError
+from skipnet import Fixed, SkipNet
 from skipnet.models.resnet_cifar import cifar_resnet
-from skipnet.tasks.supervised import Supervised
+from skipnet.tasks.budget import Budget
+from skipnet.tasks.criterion import Criterion
+from skipnet.tasks.rewards import CostName
+from skipnet.tasks.supervised import DecideName, Supervised
 
 
 def small(gate: str | None = "rnn") -> SkipNet:
@@ -26,8 +29,9 @@ def batch(rows: int = 4) -> tuple[Tensor, Tensor]:
 def test_loss_is_the_mean_cross_entropy(smoothing: float) -> None:
     network, (images, labels) = small().train(), batch()
     mask = torch.tensor([[1, 0], [0, 1], [1, 1], [0, 0]])
-    metrics = Supervised(decide=Fixed(mask), label_smoothing=smoothing)(network, images, labels, 0)
-    logits = network(images, decide=Fixed(mask))[0].tolist()
+    task = Supervised(decide=Fixed(mask), criterion=Criterion(label_smoothing=smoothing))
+    metrics = task(network, images, labels, 0)
+    logits = network(images, decide=Fixed(mask), execute="compacted")[0].tolist()
     total = 0.0
     for row, label in zip(logits, labels.tolist(), strict=True):
         log_total = math.log(sum(math.exp(x) for x in row))
@@ -59,7 +63,7 @@ def test_there_is_no_cost_term() -> None:
 
 def test_a_dense_network_has_no_keep_rate() -> None:
     metrics = Supervised()(small(None), *batch(), 0)
-    assert set(metrics) == {"loss", "accuracy"}
+    assert set(metrics) == {"loss", "cross_entropy", "accuracy"}
 
 
 def test_metrics_are_detached_scalars() -> None:
@@ -67,11 +71,61 @@ def test_metrics_are_detached_scalars() -> None:
         assert value.ndim == 0 and value.requires_grad == (name == "loss"), name
 
 
-def test_compacted_straight_through_is_refused() -> None:
-    with pytest.raises(UserError, match="masked"):
-        Supervised(execute="compacted")(small().train(), *batch(), 0)
+@pytest.mark.parametrize("decide", ["sample", "threshold"])
+def test_decisions_without_gradient_leave_the_gates_alone(decide: DecideName) -> None:
+    network = small().train()
+    Supervised(decide=decide)(network, *batch(), 0)["loss"].backward()
+    assert network.gate is not None
+    assert not any(p.grad is not None and p.grad.any() for p in network.gate.parameters())
+    assert network.blocks[0].conv1.weight.grad.any()
 
 
-def test_nothing_to_save() -> None:
-    assert Supervised().state_dict() == {}
-    Supervised().load_state_dict({})
+@pytest.mark.parametrize("costs", ["uniform", "macs"])
+def test_price_is_alpha_times_the_mean_cost_of_what_runs(costs: CostName) -> None:
+    """Against the same loss without a price, and the gradient of g where g is differentiable."""
+    mask = torch.tensor([[1, 0], [0, 1], [1, 1], [0, 0]])
+    network = small().train()
+    free = Supervised(decide=Fixed(mask))(network, *batch(), 0)["loss"]
+    paid = Supervised(decide=Fixed(mask), alpha=0.7, costs=costs)(network, *batch(), 0)["loss"]
+    macs = network.cost(1, 6, 6).blocks[1:]
+    weights = [1.0, 1.0] if costs == "uniform" else [2 * m / sum(macs) for m in macs]
+    assert paid.item() - free.item() == pytest.approx(0.7 * 0.5 * sum(weights) / 2, rel=1e-9)
+
+
+def test_diversity_is_subtracted() -> None:
+    network = small().train()
+    plain = Supervised()(network, *batch(), 0)
+    diverse = Supervised(diversity=2.0)(network, *batch(), 0)
+    difference = plain["loss"] - diverse["loss"]
+    assert difference.item() == pytest.approx(2 * plain["information"].item(), rel=1e-9)
+    assert plain["information"] > 0
+
+
+def test_decisions_depend_on_seed_and_step_alone() -> None:
+    def losses(seed: int) -> list[float]:
+        network = small().eval()
+        task = Supervised(decide="sample", seed=seed)
+        return [task(network, *batch(), step)["loss"].item() for step in (0, 1, 0)]
+
+    first = losses(0)
+    assert first[0] == first[2] != first[1]
+    assert losses(0) == first != losses(1)
+
+
+def test_state_is_that_of_the_budget() -> None:
+    def task() -> Supervised:
+        return Supervised(decide="gumbel", budget=Budget(0.3, 5, 0.5, 2.0), alpha=0.1)
+
+    whole, network = task(), small().train()
+    for step in range(3):
+        whole(network, *batch(), step)
+    resumed = task()
+    resumed.load_state_dict(whole.state_dict())
+    assert resumed.alpha == whole.alpha != 0.1
+    assert resumed.state_dict() == whole.state_dict()
+
+
+def test_a_checkpoint_without_state_leaves_alpha() -> None:
+    task = Supervised(alpha=0.3)
+    task.load_state_dict({})
+    assert task.alpha == 0.3

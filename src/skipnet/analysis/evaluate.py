@@ -28,6 +28,14 @@ class Evaluation:
         blocks_fraction: The paper's computation: share of blocks run, the first counted as run.
         keep_rates: Share of the images that ran each gated block.
         num_images: Number of images.
+        macs_spread: Standard deviation of the multiply-adds over the images, as a share of the
+            dense network's: 0 for a network that treats all alike.
+        num_paths: How many different decision vectors occurred.
+        gate_information: What each decision tells about the image, bits: its entropy over the
+            images, for a decision is a function of the image (a sampled one is not: then it is an
+            upper bound).
+        class_information: What each decision tells about the image's class, bits.
+        gates_by_input: Number of gates that depend on the input: open for 5 to 95 % of the images.
     """
 
     accuracy: float
@@ -37,6 +45,11 @@ class Evaluation:
     blocks_fraction: float
     keep_rates: list[float]
     num_images: int
+    macs_spread: float
+    num_paths: int
+    gate_information: list[float]
+    class_information: list[float]
+    gates_by_input: int
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values; None for a loss that is not finite, as in JSON."""
@@ -71,26 +84,57 @@ def evaluate(
     device = images.images.device
     correct = torch.zeros((), dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
-    macs = torch.zeros((), dtype=torch.int64, device=device)
-    runs = torch.zeros(model.num_gates, dtype=torch.int64, device=device)
+    macs, executed = [], []
     with torch.inference_mode():
         for pixels, labels in eval_batches(images, batch_size=batch_size, mean=mean, std=std):
             logits, routing = model(_layout(pixels, channels_last), decide=decide, execute=execute)
             correct += (logits.argmax(dim=1) == labels).sum()
             loss += torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-            macs += routing.macs.sum()
-            runs += routing.executed.sum(dim=0)
+            macs.append(routing.macs)
+            executed.append(routing.executed)
     model.train(training)
-    count = len(images)
     cost = model.cost(*images.images.shape[1:])
+    per_image = torch.cat(macs)
+    mean_macs = per_image.sum().item() / len(images)
+    runs = torch.cat(executed)
+    keep_rates = runs.double().mean(dim=0)
     return Evaluation(
-        accuracy=100 * correct.item() / count,
-        loss=loss.item() / count,
-        macs=macs.item() / count,
-        macs_fraction=macs.item() / count / cost.dense,
-        blocks_fraction=(runs.sum().item() / count + 1) / (model.num_gates + 1),
-        keep_rates=(runs.double() / count).tolist(),
-        num_images=count,
+        accuracy=100 * correct.item() / len(images),
+        loss=loss.item() / len(images),
+        macs=mean_macs,
+        macs_fraction=mean_macs / cost.dense,
+        blocks_fraction=(keep_rates.sum().item() + 1) / (model.num_gates + 1),
+        keep_rates=keep_rates.tolist(),
+        num_images=len(images),
+        macs_spread=per_image.double().std(correction=0).item() / cost.dense,
+        num_paths=len(runs.unique(dim=0)) if model.num_gates else 1,
+        gate_information=_bits(keep_rates).tolist(),
+        class_information=class_information(runs, images.labels).tolist(),
+        gates_by_input=int(((keep_rates >= 0.05) & (keep_rates <= 0.95)).sum()),
+    )
+
+
+def class_information(executed: Tensor, labels: Tensor) -> Tensor:
+    """Mutual information of each gate's decision and the class, bits, float64 [gates].
+
+    A plug-in estimate: with n images and k classes it is too high by about (k - 1) / (2 n ln 2)
+    for a gate that knows nothing, 0.0006 bits for 10 classes and 10,000 images.
+
+    Args:
+        executed: Which image ran which gated block, bool [images, gates].
+        labels: int64 [images].
+    """
+    classes, counts = labels.unique(return_counts=True)
+    rates = torch.stack([executed[labels == name].double().mean(dim=0) for name in classes])
+    shares = (counts.double() / len(labels)).unsqueeze(1)
+    told = _bits((shares * rates).sum(dim=0)) - (shares * _bits(rates)).sum(dim=0)
+    return told.clamp(min=0)
+
+
+def _bits(rates: Tensor) -> Tensor:
+    """Entropy of Bernoulli variables of these rates, in bits."""
+    return -(torch.special.xlogy(rates, rates) + torch.special.xlogy(1 - rates, 1 - rates)) / (
+        math.log(2)
     )
 
 

@@ -10,6 +10,7 @@ from skipnet.training.config import (
     OptimizerConfig,
     ScheduleConfig,
     StageConfig,
+    SupervisedConfig,
     TrainConfig,
 )
 
@@ -18,24 +19,18 @@ CIFAR10 = "uoft-cs/cifar10"
 
 def _paper(depth: int, gate: GateName, recipe: str) -> TrainConfig:
     """SkipNet, section 4 and its released code: 64k iterations dense and SP, 10k HRL."""
-
-    def long() -> StageConfig:
-        # ResNet-110 starts at a tenth of the learning rate (He et al. 2015, section 4.2).
-        warmup = 400 if depth >= 110 else 0
-        return StageConfig(
-            iterations=64_000,
-            optimizer=OptimizerConfig(lr=0.1, weight_decay=1e-4),
-            schedule=ScheduleConfig(
-                name="step", milestones=(0.5, 0.75), gamma=0.1, warmup_iterations=warmup
-            ),
-        )
-
+    # ResNet-110 starts at a tenth of the learning rate (He et al. 2015, section 4.2).
+    warmup = 400 if depth >= 110 else 0
+    optimizer = OptimizerConfig(lr=0.1, weight_decay=1e-4)
+    schedule = ScheduleConfig(
+        name="step", milestones=(0.5, 0.75), gamma=0.1, warmup_iterations=warmup
+    )
     return TrainConfig(
         recipe=recipe,
         model=ModelConfig(name=f"cifar_resnet{depth}", gate=gate),
         data=DataConfig(name=CIFAR10, padding=4, flip=True),
-        dense=long(),
-        sp=long(),
+        dense=StageConfig(iterations=64_000, optimizer=optimizer, schedule=schedule),
+        sp=SupervisedConfig(iterations=64_000, optimizer=optimizer, schedule=schedule),
         hrl=HybridConfig(
             iterations=10_000,
             optimizer=OptimizerConfig(lr=1e-4, weight_decay=1e-4),
@@ -88,7 +83,7 @@ def cifar10_resnet38_rnn_short() -> TrainConfig:
         epochs=9, optimizer=optimizer, schedule=ScheduleConfig(name="one-cycle")
     )
     # Together the two stages follow the dense network's one cycle: up in SP, down in HRL.
-    config.sp = StageConfig(
+    config.sp = SupervisedConfig(
         epochs=3, optimizer=optimizer, schedule=ScheduleConfig(name="one-cycle", peak=0.98)
     )
     config.hrl = HybridConfig(

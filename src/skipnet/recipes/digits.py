@@ -7,6 +7,7 @@ from skipnet.training.config import (
     OptimizerConfig,
     ScheduleConfig,
     StageConfig,
+    SupervisedConfig,
     TrainConfig,
 )
 
@@ -20,7 +21,7 @@ def digits() -> TrainConfig:
         model=ModelConfig(name="cifar_resnet38", gate="rnn"),
         data=DataConfig(name="digits", padding=1, flip=False),
         dense=StageConfig(epochs=40, batch_size=64, optimizer=optimizer, schedule=one_cycle),
-        sp=StageConfig(epochs=30, batch_size=64, optimizer=optimizer, schedule=one_cycle),
+        sp=SupervisedConfig(epochs=30, batch_size=64, optimizer=optimizer, schedule=one_cycle),
         hrl=HybridConfig(
             epochs=40,
             batch_size=64,

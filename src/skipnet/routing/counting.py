@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from skipnet.errors import UserError
+from skipnet.routing.gates import StaticGate
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -65,7 +66,7 @@ def _counted(module: nn.Module) -> Iterable[nn.Module]:
         elif isinstance(layer, nn.MultiheadAttention) or (
             not any(layer.children())
             and next(layer.parameters(), None) is not None
-            and not isinstance(layer, _BatchNorm | nn.GroupNorm | nn.LayerNorm)
+            and not isinstance(layer, _BatchNorm | nn.GroupNorm | nn.LayerNorm | StaticGate)
         ):
             raise UserError(f"no rule for the multiply-adds of {type(layer).__name__} layers")
 

@@ -51,6 +51,32 @@ class StraightThrough:
         return not (training and torch.is_grad_enabled())
 
 
+class Gumbel:
+    """Sample forward, pathwise gradient backward: a straight-through binary Gumbel-softmax.
+
+    Logistic noise is added to the logit; forward 1[logit + noise > 0], which is Bernoulli of
+    sigmoid(logit), backward the gradient of sigmoid(logit + noise) (Jang et al. 2017, arXiv
+    1611.01144, at temperature 1). Outside of training it is the hard threshold.
+
+    Args:
+        generator: Source of randomness, on the CPU or the logits' device; None takes torch's own.
+    """
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        self.generator = generator
+
+    def __call__(self, logit: Tensor, index: int, training: bool) -> Tensor:
+        if not training:
+            return (logit > 0).to(logit.dtype)
+        uniform = _uniform(logit, self.generator).clamp(1e-6, 1 - 1e-6)
+        noisy = logit + torch.logit(uniform).to(logit.dtype)
+        soft = torch.sigmoid(noisy)
+        return (noisy > 0).to(logit.dtype) + (soft - soft.detach())
+
+    def binary(self, training: bool) -> bool:
+        return not (training and torch.is_grad_enabled())
+
+
 class Sample:
     """Execute with probability p(execute): g ~ Bernoulli(sigmoid(logit)), no gradient.
 
@@ -144,10 +170,11 @@ class Random:
 
 
 def named_decision(name: str) -> Decision:
-    """Return the decision that needs no arguments: threshold, straight-through, sample or soft."""
+    """Return a decision by its name: threshold, straight-through, gumbel, sample or soft."""
     known: dict[str, type] = {
         "threshold": Threshold,
         "straight-through": StraightThrough,
+        "gumbel": Gumbel,
         "sample": Sample,
         "soft": Soft,
     }

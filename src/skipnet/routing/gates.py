@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from skipnet.errors import UserError
 
-GateName = Literal["rnn", "ff1", "ff2"]
+GateName = Literal["rnn", "ff1", "ff2", "static"]
 
 # What a gate carries from one block to the next: nothing, or an LSTM's (hidden, cell).
 State = tuple[Tensor, Tensor] | None
@@ -52,6 +52,14 @@ class Gate(nn.Module):
         """
         raise NotImplementedError
 
+    def set_keep_(self, keep: float) -> None:
+        """Set the bias of every logit, in place, to that of this probability of execution.
+
+        Raises:
+            UserError: When the probability is not between 0 and 1.
+        """
+        raise NotImplementedError
+
 
 class RNNGate(Gate):
     """Recurrent gate (SkipNet, section 3.1): pooling, a linear a block, one LSTM shared by all.
@@ -74,7 +82,7 @@ class RNNGate(Gate):
         self.embed = nn.ModuleList(nn.Linear(width, hidden) for width in self.channels)
         self.lstm = nn.LSTMCell(hidden, hidden)
         self.project = nn.Linear(hidden, 1)
-        nn.init.constant_(self.project.bias, _logit(initial_keep))
+        self.set_keep_(initial_keep)
 
     def forward(self, index: int, features: Tensor, state: State) -> tuple[Tensor, State]:
         pooled = features.mean(dim=(2, 3))
@@ -86,6 +94,9 @@ class RNNGate(Gate):
         with torch.no_grad():
             self.project.weight.mul_(factor)
             self.project.bias.mul_(factor)
+
+    def set_keep_(self, keep: float) -> None:
+        nn.init.constant_(self.project.bias, _logit(keep))
 
 
 class _FFGateUnit(nn.Module):
@@ -120,12 +131,9 @@ class _FFGate(Gate):
     def __init__(self, channels: Sequence[int], *, initial_keep: float = INITIAL_KEEP) -> None:
         super().__init__()
         self.channels = tuple(channels)
-        half = _logit(initial_keep) / 2
         units = [_FFGateUnit(width, self._strides, self._pool) for width in self.channels]
-        for unit in units:
-            with torch.no_grad():
-                unit.linear.bias.copy_(torch.tensor([-half, half]))
         self.units = nn.ModuleList(units)
+        self.set_keep_(initial_keep)
 
     def forward(self, index: int, features: Tensor, state: State) -> tuple[Tensor, State]:
         return self.units[index](features), None
@@ -136,6 +144,13 @@ class _FFGate(Gate):
                 assert isinstance(unit, _FFGateUnit)
                 unit.linear.weight.mul_(factor)
                 unit.linear.bias.mul_(factor)
+
+    def set_keep_(self, keep: float) -> None:
+        half = _logit(keep) / 2
+        with torch.no_grad():
+            for unit in self.units:
+                assert isinstance(unit, _FFGateUnit)
+                unit.linear.bias.copy_(torch.tensor([-half, half]))
 
 
 class FFGateI(_FFGate):
@@ -168,7 +183,40 @@ class FFGateII(_FFGate):
     _pool = False
 
 
-GATES: dict[str, type[Gate]] = {"rnn": RNNGate, "ff1": FFGateI, "ff2": FFGateII}
+class StaticGate(Gate):
+    """One learned logit a block, which sees no input: what per-input routing is held against.
+
+    Trained as any other gate, it learns the best fixed subset of blocks of a budget; left untrained
+    and sampled, it is stochastic depth at a constant rate (the paper's SDV). Costs nothing.
+
+    Args:
+        channels: Number of channels of the features, one entry a gate; only counted.
+        initial_keep: Probability of execution at initialisation.
+    """
+
+    def __init__(self, channels: Sequence[int], *, initial_keep: float = INITIAL_KEEP) -> None:
+        super().__init__()
+        self.channels = tuple(channels)
+        self.logits = nn.Parameter(torch.empty(len(self.channels)))
+        self.set_keep_(initial_keep)
+
+    def forward(self, index: int, features: Tensor, state: State) -> tuple[Tensor, State]:
+        return self.logits[index].expand(len(features)), None
+
+    def scale_logits_(self, factor: float) -> None:
+        with torch.no_grad():
+            self.logits.mul_(factor)
+
+    def set_keep_(self, keep: float) -> None:
+        nn.init.constant_(self.logits, _logit(keep))
+
+
+GATES: dict[str, type[Gate]] = {
+    "rnn": RNNGate,
+    "ff1": FFGateI,
+    "ff2": FFGateII,
+    "static": StaticGate,
+}
 
 
 def _logit(probability: float) -> float:

@@ -5,137 +5,39 @@ Minimises J = E_x E_g [ L - (alpha / N) sum_i R_i ] over N gates, R_i = (1 - g_i
     grad J = E[ grad L ] - E[ sum_i grad log p(g_i | x) r_i ],
     r_i = -[ beta L - (alpha / N) sum_{j >= i} R_j ].
 
-The terms are pure functions; `Hybrid` puts them together for the loop.
+The terms are in `rewards`; `Hybrid` puts them together for the loop.
 """
 
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from skipnet.errors import UserError
-from skipnet.routing.cost import Cost
 from skipnet.routing.decisions import Sample
+from skipnet.routing.network import ExecutorName
 from skipnet.seeding import DECISIONS, sub_seed
+from skipnet.tasks.budget import Budget, mean_over_processes
+from skipnet.tasks.criterion import Criterion
+from skipnet.tasks.rewards import (
+    CostName,
+    block_costs,
+    entropy,
+    gate_returns,
+    information,
+    others_mean,
+    policy_loss,
+    skip_rewards,
+)
 from skipnet.tasks.task import Metrics
 
 BaselineName = Literal["none", "batch-mean", "greedy", "leave-one-out"]
-CostName = Literal["uniform", "macs"]
-
-AVERAGE_MOMENTUM = 0.98
-"""Of the moving average of the computation that drives alpha, a step."""
-
-
-def block_costs(cost: Cost, kind: CostName) -> Tensor:
-    """Return C_i of every gated block, [gates], with mean 1.
-
-    "uniform" is the paper's C_i = 1; "macs" is each block's multiply-adds over their mean, so that
-    alpha means the same for both.
-    """
-    macs = torch.tensor(cost.blocks[1:], dtype=torch.float64)
-    return torch.ones_like(macs) if kind == "uniform" else macs / macs.mean()
-
-
-def skip_rewards(decisions: Tensor, costs: Tensor) -> Tensor:
-    """R_i = (1 - g_i) C_i, [batch, gates], for decisions [batch, gates] and costs [gates]."""
-    return (1 - decisions) * costs
-
-
-def reward_to_go(rewards: Tensor) -> Tensor:
-    """Sum_{j >= i} R_j with discount 1, [batch, gates]: a decision answers for what follows it."""
-    return rewards.flip(1).cumsum(dim=1).flip(1)
-
-
-def gate_returns(losses: Tensor, rewards: Tensor, alpha: float, beta: float) -> Tensor:
-    """r_i = -[beta L - (alpha / N) sum_{j >= i} R_j], [batch, gates], a constant (detached).
-
-    Args:
-        losses: Cross-entropy of each image, [batch].
-        rewards: R_i, [batch, gates].
-        alpha: Weight of skipping.
-        beta: Weight of the prediction loss: 1 on CIFAR and SVHN, alpha / N on ImageNet.
-    """
-    skipping = alpha / rewards.shape[1] * reward_to_go(rewards)
-    return (skipping - beta * losses.unsqueeze(1)).detach()
-
-
-def log_probability(logits: Tensor, decisions: Tensor) -> Tensor:
-    """Log p(g_i | x) of Bernoulli decisions, [batch, gates]."""
-    return -functional.binary_cross_entropy_with_logits(logits, decisions, reduction="none")
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Entropy of Bernoulli decisions in nats, [batch, gates]."""
-    probability = torch.sigmoid(logits)
-    return functional.binary_cross_entropy_with_logits(logits, probability, reduction="none")
-
-
-def others_mean(returns: Tensor) -> Tensor:
-    """Mean over the *other* entries of the first dimension; 0 where there is none.
-
-    Leaving its own return out keeps a baseline independent of the decision it judges, and the
-    estimator unbiased; including it would shrink the gradient by (n - 1) / n.
-    """
-    count = len(returns)
-    if count == 1:
-        return torch.zeros_like(returns)
-    return (returns.sum(dim=0, keepdim=True) - returns) / (count - 1)
-
-
-def policy_loss(logits: Tensor, decisions: Tensor, advantages: Tensor) -> Tensor:
-    """-Mean over images of sum_i log p(g_i | x) (r_i - b_i): its gradient is REINFORCE's."""
-    return -(log_probability(logits, decisions) * advantages).sum(dim=1).mean()
-
-
-@dataclass
-class Budget:
-    """Drives alpha so that the computation meets a target: dual ascent with damping.
-
-    `alpha = max(0, integral + damping * error)`, `integral += rate * error`, the error being the
-    computation (share of dense multiply-adds, a moving average over steps) over the target of the
-    moment. The target falls linearly from the computation at the start to `target` at `ramp_steps`,
-    so that the network can follow. An integral alone swings: by the time the average shows that
-    alpha is high enough, it is far too high.
-
-    Attributes:
-        target: Share of dense multiply-adds to reach.
-        ramp_steps: Steps until the target is in force.
-        rate: Integral gain, alpha a step and unit of error.
-        damping: Proportional gain, alpha a unit of error.
-        momentum: Of the moving average.
-        integral: State.
-        average: State: the average computation; negative before the first step.
-        start: State: the computation at the first step.
-    """
-
-    target: float
-    ramp_steps: int
-    rate: float
-    damping: float
-    momentum: float = AVERAGE_MOMENTUM
-    integral: float = 0.0
-    average: float = -1.0
-    start: float = -1.0
-
-    def update(self, computation: float, step: int) -> float:
-        """Take in the computation of a step, and return alpha for the next."""
-        if self.average < 0:
-            self.average = self.start = computation
-        self.average += (1 - self.momentum) * (computation - self.average)
-        ramp = min(1.0, step / max(1, self.ramp_steps))
-        goal = self.start + ramp * (self.target - self.start)
-        error = self.average - goal
-        self.integral = max(0.0, self.integral + self.rate * error)
-        return max(0.0, self.integral + self.damping * error)
+StatisticsName = Literal["executed", "all", "frozen"]
 
 
 class Hybrid:
-    """The HRL objective: sampled decisions, compacted execution, cross-entropy plus REINFORCE.
-
-    Blocks and their batch norms see only the rows that run, as at inference.
+    """The HRL objective: sampled decisions, cross-entropy plus REINFORCE.
 
     Args:
         alpha: Weight of skipping; with a budget, its value at the beginning.
@@ -148,8 +50,13 @@ class Hybrid:
             other samples.
         samples: Decision vectors sampled an image; "leave-one-out" needs at least 2.
         entropy_bonus: Weight of the decisions' entropy, in nats.
+        diversity: Weight of what the decisions tell about the image, see `rewards.information`.
         costs: C_i, see `block_costs`.
-        label_smoothing: Share of the target spread over all classes.
+        supervised_weight: Factor on the gradient of L itself; 0 is the paper's pure RL.
+        statistics: What batch norms see: "executed", only the rows that run a block, as at
+            inference (and the others are left out of it); "all", every row whether it runs the
+            block or not, as in the released code; "frozen", the running statistics.
+        criterion: The loss of each image.
         budget: Drives alpha to a target computation; None keeps alpha fixed.
         seed: Of the decisions: those of a step depend on `(seed, step)` alone.
     """
@@ -163,16 +70,21 @@ class Hybrid:
         baseline: BaselineName = "batch-mean",
         samples: int = 1,
         entropy_bonus: float = 0.0,
+        diversity: float = 0.0,
         costs: CostName = "uniform",
-        label_smoothing: float = 0.0,
+        supervised_weight: float = 1.0,
+        statistics: StatisticsName = "executed",
+        criterion: Criterion | None = None,
         budget: Budget | None = None,
         seed: int = 0,
     ) -> None:
-        if baseline not in get_args(BaselineName) or costs not in get_args(CostName):
-            raise UserError(
-                f"baseline is one of {', '.join(get_args(BaselineName))}, costs one of "
-                f"{', '.join(get_args(CostName))}, not {baseline!r} and {costs!r}"
-            )
+        for value, kind in (
+            (baseline, BaselineName),
+            (costs, CostName),
+            (statistics, StatisticsName),
+        ):
+            if value not in get_args(kind):
+                raise UserError(f"{value!r} is not one of {', '.join(get_args(kind))}")
         if baseline == "leave-one-out" and samples < 2:
             raise UserError("the leave-one-out baseline needs at least 2 samples an image")
         if samples < 1 or alpha < 0:
@@ -183,8 +95,11 @@ class Hybrid:
         self.baseline = baseline
         self.samples = samples
         self.entropy_bonus = entropy_bonus
+        self.diversity = diversity
         self.costs = costs
-        self.label_smoothing = label_smoothing
+        self.supervised_weight = supervised_weight
+        self.statistics = statistics
+        self.criterion = criterion or Criterion()
         self.budget = budget
         self.seed = seed
 
@@ -194,11 +109,16 @@ class Hybrid:
         if self.samples > 1:
             images = images.repeat(self.samples, 1, 1, 1)
             labels = labels.repeat(self.samples)
-        logits, routing = model(images, decide=Sample(generator), execute="compacted")
+        if self.statistics == "frozen":
+            for layer in model.modules():
+                if isinstance(layer, _BatchNorm):
+                    layer.eval()
+        execute: ExecutorName = "masked" if self.statistics == "all" else "compacted"
+        logits, routing = model(images, decide=Sample(generator), execute=execute)
         if not routing.decisions.shape[1]:
             raise UserError("HRL trains gates, and this network has none: create it with gate=…")
 
-        losses = self._losses(logits, labels)
+        losses = self.criterion(logits, images, labels)
         costs = block_costs(routing.cost, self.costs).to(losses)
         alpha = self.alpha
         beta = alpha / len(costs) if self.beta is None else self.beta
@@ -206,25 +126,25 @@ class Hybrid:
         advantages = returns - self._baseline(model, images, labels, returns, costs, beta)
         policy = policy_loss(routing.logits, routing.decisions, advantages)
         uncertainty = entropy(routing.logits).sum(dim=1).mean()
-        loss = losses.mean() + self.policy_weight * policy - self.entropy_bonus * uncertainty
+        told = information(routing.logits).mean()
+        loss = self.supervised_weight * losses.mean() + self.policy_weight * policy
+        loss = loss - self.entropy_bonus * uncertainty - self.diversity * told
 
-        computation = routing.macs.double().mean() / routing.cost.dense
+        # What the same logits would cost at inference; the budget is meant for that.
+        inference = routing.cost.executed(routing.logits).double().mean() / routing.cost.dense
         if self.budget is not None:
-            self.alpha = self.budget.update(_mean_over_processes(computation), step)
+            self.alpha = self.budget.update(mean_over_processes(inference), step)
         return {
             "loss": loss,
             "cross_entropy": losses.mean().detach(),
             "accuracy": (logits.argmax(dim=1) == labels).float().mean(),
             "keep_rate": routing.executed.float().mean(),
-            "macs_fraction": computation,
+            "macs_fraction": routing.macs.double().mean() / routing.cost.dense,
+            "macs_thresholded": inference,
             "entropy": (uncertainty / len(costs)).detach(),
+            "information": told.detach(),
             "alpha": torch.tensor(alpha),
         }
-
-    def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return functional.cross_entropy(
-            logits, labels, reduction="none", label_smoothing=self.label_smoothing
-        )
 
     def _baseline(
         self,
@@ -250,26 +170,13 @@ class Hybrid:
         for layer, training in modes:  # One by one: some may be frozen in evaluation.
             layer.training = training
         rewards = skip_rewards(routing.decisions, costs)
-        return gate_returns(self._losses(logits, labels), rewards, self.alpha, beta)
+        return gate_returns(self.criterion(logits, images, labels), rewards, self.alpha, beta)
 
     def state_dict(self) -> dict[str, float]:
-        state = {"alpha": self.alpha}
-        if self.budget is not None:
-            for name in ("integral", "average", "start"):
-                state[name] = getattr(self.budget, name)
-        return state
+        budget = {} if self.budget is None else self.budget.state_dict()
+        return {"alpha": self.alpha, **budget}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.alpha = state["alpha"]
         if self.budget is not None:
-            for name in ("integral", "average", "start"):
-                setattr(self.budget, name, state[name])
-
-
-def _mean_over_processes(value: Tensor) -> float:
-    """Every process must drive the same alpha."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        value = value.clone()
-        torch.distributed.all_reduce(value)
-        value /= torch.distributed.get_world_size()
-    return value.item()
+            self.budget.load_state_dict(state)

@@ -1,45 +1,100 @@
-"""Supervised training: cross-entropy alone, of a dense network or through decisions (SP)."""
+"""Supervised training: cross-entropy, of a dense network or through decisions (SP)."""
 
+from typing import Literal
+
+import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from skipnet.routing.decisions import Decision
+from skipnet.routing.decisions import Decision, Gumbel, Sample, named_decision
 from skipnet.routing.network import ExecutorName
+from skipnet.seeding import DECISIONS, sub_seed
+from skipnet.tasks.budget import Budget, mean_over_processes
+from skipnet.tasks.criterion import Criterion
+from skipnet.tasks.rewards import CostName, block_costs, information
 from skipnet.tasks.task import Metrics
+
+DecideName = Literal["straight-through", "gumbel", "soft", "sample", "threshold"]
 
 
 class Supervised:
     """Cross-entropy. With straight-through decisions it is the paper's SP (section 3.2).
 
-    There is no cost term, and yet gates learn to skip. A dense network has no decisions to make.
+    SP has no cost term, and yet gates learn to skip. With alpha, or a budget that drives it, each
+    block run has a price: `L + alpha / N * sum_i g_i C_i`, whose gradient reaches the gates through
+    the decisions, as that of L does. A dense network has no decisions to make.
 
     Args:
-        decide: How gates decide in training.
-        execute: Which executor runs the blocks.
-        label_smoothing: Share of the target spread over all classes.
+        decide: How gates decide in training. "straight-through" is the paper's SP, "gumbel" the
+            same with noise, "soft" its soft-gating ablation. Those without gradient leave the gates
+            as they are: "sample" (stochastic depth) and "threshold" (a fixed subset of blocks). Or
+            a `Decision`.
+        criterion: The loss of each image.
+        alpha: Price of computation; with a budget, its value at the beginning.
+        budget: Drives alpha to a target computation; None keeps alpha fixed.
+        costs: C_i, see `block_costs`.
+        diversity: Weight of what the decisions tell about the image, see `rewards.information`.
+        seed: Of the decisions: those of a step depend on `(seed, step)` alone.
     """
 
     def __init__(
         self,
         *,
-        decide: str | Decision = "straight-through",
-        execute: ExecutorName = "masked",
-        label_smoothing: float = 0.0,
+        decide: DecideName | Decision = "straight-through",
+        criterion: Criterion | None = None,
+        alpha: float = 0.0,
+        budget: Budget | None = None,
+        costs: CostName = "uniform",
+        diversity: float = 0.0,
+        seed: int = 0,
     ) -> None:
         self.decide = decide
-        self.execute = execute
-        self.label_smoothing = label_smoothing
+        self.criterion = criterion or Criterion()
+        self.alpha = alpha
+        self.budget = budget
+        self.costs = costs
+        self.diversity = diversity
+        self.seed = seed
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, step: int) -> Metrics:
-        logits, routing = model(images, decide=self.decide, execute=self.execute)
-        loss = functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        metrics = {"loss": loss, "accuracy": (logits.argmax(dim=1) == labels).float().mean()}
+        decision = self._decision(images.device, step)
+        # Rows can be left out only where no gradient flows through g.
+        execute: ExecutorName = "compacted" if decision.binary(True) else "masked"
+        logits, routing = model(images, decide=decision, execute=execute)
+        loss = self.criterion(logits, images, labels).mean()
+        metrics = {
+            "cross_entropy": loss.detach(),
+            "accuracy": (logits.argmax(dim=1) == labels).float().mean(),
+        }
         if routing.decisions.shape[1]:
-            metrics["keep_rate"] = routing.executed.float().mean()
-        return metrics
+            costs = block_costs(routing.cost, self.costs).to(loss)
+            told = information(routing.logits).mean()
+            loss = loss + self.alpha * (routing.decisions * costs).mean()
+            loss = loss - self.diversity * told
+            computation = routing.macs.double().mean() / routing.cost.dense
+            metrics |= {
+                "keep_rate": routing.executed.float().mean(),
+                "macs_fraction": computation,
+                "information": told.detach(),
+                "alpha": torch.tensor(self.alpha),
+            }
+            if self.budget is not None:
+                self.alpha = self.budget.update(mean_over_processes(computation), step)
+        return {"loss": loss, **metrics}
+
+    def _decision(self, device: torch.device, step: int) -> Decision:
+        if not isinstance(self.decide, str):
+            return self.decide
+        if self.decide not in ("gumbel", "sample"):
+            return named_decision(self.decide)
+        generator = torch.Generator(device)
+        generator.manual_seed(sub_seed(self.seed, DECISIONS, step))
+        return Gumbel(generator) if self.decide == "gumbel" else Sample(generator)
 
     def state_dict(self) -> dict[str, float]:
-        return {}
+        budget = {} if self.budget is None else self.budget.state_dict()
+        return {"alpha": self.alpha, **budget}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        assert not state
+        self.alpha = state.get("alpha", self.alpha)  # Checkpoints of 0.1 have none.
+        if self.budget is not None:
+            self.budget.load_state_dict(state)

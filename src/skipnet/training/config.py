@@ -3,12 +3,15 @@
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from skipnet.data.sources import DataConfig
 from skipnet.errors import UserError
-from skipnet.routing.gates import GateName
-from skipnet.tasks.hybrid import BaselineName, CostName
+from skipnet.routing.gates import INITIAL_KEEP, GateName
+from skipnet.tasks.hybrid import BaselineName, StatisticsName
+from skipnet.tasks.rewards import CostName
+from skipnet.tasks.supervised import DecideName
 
 StageName = Literal["dense", "sp", "hrl"]
 Precision = Literal["32-true", "bf16-mixed"]
@@ -126,35 +129,24 @@ class StageConfig:
 
 
 @dataclass(kw_only=True)
-class HybridConfig(StageConfig):
-    """The HRL stage: the paper's equations, with a baseline. See `tasks.hybrid.Hybrid`."""
+class RoutedConfig(StageConfig):
+    """A stage that trains gates: what computation costs it."""
 
-    alpha: float = 0.1
-    """Weight of skipping (the paper's alpha); its starting value if target_compute is given."""
+    alpha: float = 0.0
+    """Price of computation (the paper's alpha); its starting value if target_compute is given."""
     target_compute: float | None = None
     """Share of dense multiply-adds to aim at: alpha is then driven to meet it."""
     target_ramp: float = 0.5
     """Share of the stage over which the target falls from the start's computation."""
-    alpha_rate: float = 0.05
+    alpha_rate: float = 0.01
     """Integral gain of the drive: alpha a step and unit of error."""
-    alpha_damping: float = 10.0
+    alpha_damping: float = 3.0
     """Proportional gain of the drive: alpha a unit of error."""
-    beta: float | None = 1.0
-    """Weight of the prediction loss in the reward (1 on CIFAR and SVHN); none is alpha / N."""
-    policy_weight: float = 1.0
-    """Factor on the REINFORCE term: 1 in the equations, 0.01 in the released code."""
-    baseline: BaselineName = "batch-mean"
-    """What reduces the estimator's variance; none is the paper's."""
-    samples: int = 1
-    """Decision vectors sampled an image; leave-one-out needs at least 2."""
-    entropy_bonus: float = 0.0
-    """Weight of the decisions' entropy (nats)."""
     costs: CostName = "uniform"
     """C_i: uniform (the paper's 1), or macs (each block's multiply-adds over their mean)."""
-    sharpen_to: float | None = None
-    """Scale the gates' logits to this mean magnitude when the stage starts, if it is lower.
-    Straight-through training leaves logits near 0: without this, samples differ much from the
-    thresholded decisions it optimised, and accuracy starts far down."""
+    diversity: float = 0.0
+    """Weight of what the decisions tell about the image (nats a gate): pushes gates to be certain,
+    and to open for some images and not for others."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -165,6 +157,57 @@ class HybridConfig(StageConfig):
             raise UserError(f"target_compute must lie in (0, 1], not {self.target_compute}")
         if not 0 <= self.target_ramp <= 1:
             raise UserError(f"target_ramp must lie in [0, 1], not {self.target_ramp}")
+        if not 0 <= self.diversity < math.inf:
+            raise UserError(f"diversity must be at least 0, not {self.diversity}")
+
+
+@dataclass(kw_only=True)
+class SupervisedConfig(RoutedConfig):
+    """The SP stage: cross-entropy through decisions. See `tasks.supervised.Supervised`."""
+
+    decide: DecideName = "straight-through"
+    """How gates decide in training: straight-through (the paper's), gumbel (the same with noise),
+    soft (the paper's ablation), sample or threshold (which leave the gates as they are)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decide in ("sample", "threshold") and self.target_compute is not None:
+            raise UserError(
+                f"decide {self.decide} leaves the gates as they are, which no target_compute can "
+                "move: leave the target out, or use straight-through or gumbel"
+            )
+
+
+@dataclass(kw_only=True)
+class HybridConfig(RoutedConfig):
+    """The HRL stage: the paper's equations, with a baseline. See `tasks.hybrid.Hybrid`."""
+
+    alpha: float = 0.1
+    """Weight of skipping (the paper's alpha); its starting value if target_compute is given."""
+    beta: float | None = 1.0
+    """Weight of the prediction loss in the reward (1 on CIFAR and SVHN); none is alpha / N."""
+    policy_weight: float = 1.0
+    """Factor on the REINFORCE term: 1 in the equations, 0.01 in the released code."""
+    supervised_weight: float = 1.0
+    """Factor on the gradient of the prediction loss itself; 0 is the paper's pure RL."""
+    baseline: BaselineName = "batch-mean"
+    """What reduces the estimator's variance; none is the paper's."""
+    samples: int = 1
+    """Decision vectors sampled an image; leave-one-out needs at least 2."""
+    entropy_bonus: float = 0.0
+    """Weight of the decisions' entropy (nats)."""
+    statistics: StatisticsName = "executed"
+    """What batch norms see: executed (the rows that run a block), all (every row, as in the
+    released code), or frozen (their running statistics)."""
+    sharpen_to: float | None = None
+    """Scale the gates' logits to this mean magnitude when the stage starts, if it is lower.
+    Straight-through training leaves logits near 0: without this, samples differ much from the
+    thresholded decisions it optimised, and accuracy starts far down."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.supervised_weight < 0:
+            raise UserError(f"supervised_weight must be at least 0, not {self.supervised_weight}")
         _positive(self, "samples")
         if self.sharpen_to is not None:
             _positive(self, "sharpen_to")
@@ -180,9 +223,18 @@ class ModelConfig:
     """Name in the registry; see skipnet list models."""
     gate: GateName = "rnn"
     """Kind of gate of the sp and hrl stages."""
+    initial_keep: float = INITIAL_KEEP
+    """Probability of execution that the gates start from."""
+    open_blocks: tuple[int, ...] | None = None
+    """Gated blocks that run, from 0; all others are skipped. For static gates, to train a fixed
+    subset of blocks with --sp.decide threshold."""
 
     def __post_init__(self) -> None:
         _choices(self)
+        if not 0 < self.initial_keep < 1:
+            raise UserError(f"initial_keep must lie between 0 and 1, not {self.initial_keep}")
+        if self.open_blocks is not None and self.gate != "static":
+            raise UserError(f"open_blocks is for static gates, not {self.gate}: set gate to static")
 
 
 @dataclass(kw_only=True)
@@ -196,8 +248,18 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     dense: StageConfig
-    sp: StageConfig
+    sp: SupervisedConfig
     hrl: HybridConfig
+    teacher: Path | None = None
+    """Run directory (its dense network) or model file whose answers sp and hrl learn from as well;
+    none learns from the labels alone."""
+    teacher_weight: float = 0.5
+    """Share of the teacher's term in the loss; the labels have the rest."""
+    teacher_temperature: float = 2.0
+    """Temperature of the teacher's term."""
+    recalibrate: int = 0
+    """Batches to estimate the running statistics of batch norms anew on when a stage with gates
+    ends, with the decisions of inference; 0 leaves them as training did."""
     seed: int = 0
     """Of the weights, the order, the augmentation and the sampled decisions."""
     precision: Precision = "32-true"
@@ -228,6 +290,11 @@ class TrainConfig:
             _positive(self, "evaluate_every")
         if self.checkpoint_seconds < 0:
             raise UserError(f"checkpoint_seconds must be at least 0, not {self.checkpoint_seconds}")
+        if self.recalibrate < 0:
+            raise UserError(f"recalibrate must be at least 0 batches, not {self.recalibrate}")
+        if not 0 <= self.teacher_weight <= 1:
+            raise UserError(f"teacher_weight must lie in [0, 1], not {self.teacher_weight}")
+        _positive(self, "teacher_temperature")
         if self.seed < 0:
             raise UserError(f"seed must be at least 0, not {self.seed}")
 
@@ -241,7 +308,11 @@ Config = TypeVar("Config")
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a configuration as plain values, as JSON holds them."""
-    return dataclasses.asdict(config)
+    values: dict[str, Any] = dataclasses.asdict(
+        config,
+        dict_factory=lambda items: {k: str(v) if isinstance(v, Path) else v for k, v in items},
+    )
+    return values
 
 
 def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
@@ -261,6 +332,8 @@ def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]):
             value = from_dict(hints[name], value)
+        elif isinstance(value, str) and Path in get_args(hints[name]):
+            value = Path(value)
         arguments[name] = tuple(value) if isinstance(value, list) else value
     try:
         return cls(**arguments)

@@ -20,14 +20,26 @@ from skipnet.models.weights import ModelInfo, load_weights, read_tensors, save
 from skipnet.models.weights import load as load_model
 from skipnet.routing.cost import Cost
 from skipnet.routing.decisions import Decision, Sample
+from skipnet.routing.gates import StaticGate
 from skipnet.routing.network import SkipNet
 from skipnet.seeding import EVALUATION, RANK, WEIGHTS, sub_seed
-from skipnet.tasks.hybrid import AVERAGE_MOMENTUM, Budget, Hybrid
+from skipnet.tasks.budget import SMOOTHING, Budget
+from skipnet.tasks.criterion import Criterion
+from skipnet.tasks.hybrid import Hybrid
 from skipnet.tasks.supervised import Supervised
 from skipnet.tasks.task import Task
-from skipnet.training.config import HybridConfig, StageConfig, StageName, TrainConfig
+from skipnet.training.config import (
+    HybridConfig,
+    ModelConfig,
+    RoutedConfig,
+    StageConfig,
+    StageName,
+    SupervisedConfig,
+    TrainConfig,
+)
 from skipnet.training.loop import StopRequest, fit, resume_command
 from skipnet.training.progress import Progress
+from skipnet.training.recalibrate import recalibrate
 from skipnet.training.run import RunDirectory
 
 if TYPE_CHECKING:  # Fabric takes as long to import as torch does; only training needs it
@@ -84,11 +96,14 @@ def train(
         std=std,
         image_size=(training_set.images.shape[2], training_set.images.shape[3]),
     )
+    teacher = _teacher(config, info, fabric.device)
     training_set, test_set = training_set.to(fabric.device), test_set.to(fabric.device)
     # A target out of reach, or a batch that is too large, is told before a directory is made.
-    if "hrl" in config.stages:
+    if set(config.stages) & {"sp", "hrl"}:
         channels, network = info.architecture.in_channels, info.architecture.build()
-        _demand_reachable(config.hrl, network.cost(channels, *info.image_size))
+        _open_gates(network, config.model)
+        for name in config.stages:
+            _demand_reachable(config.stage(name), network.cost(channels, *info.image_size))
     loaders = {name: _loader(fabric, config, name, info, training_set) for name in config.stages}
     run = _run_directory(fabric, config, output, resume)
     if config.tensorboard and fabric.is_global_zero:
@@ -99,7 +114,9 @@ def train(
         try:
             for name, loader in loaders.items():
                 if not run.finished(name):
-                    _run_stage(fabric, config, name, info, loader, test_set, run, progress, stop)
+                    _run_stage(
+                        fabric, config, name, info, loader, test_set, teacher, run, progress, stop
+                    )
         except KeyboardInterrupt:
             raise Interrupted(
                 f"stopped at once; continue from the last checkpoint with: {resume_command(run)}"
@@ -143,6 +160,7 @@ def _run_stage(
     info: ModelInfo,
     loader: TrainLoader,
     test_set: ImageSet,
+    teacher: SkipNet | None,
     run: RunDirectory,
     progress: Progress,
     stop: StopRequest,
@@ -152,6 +170,7 @@ def _run_stage(
         info = replace(info, architecture=replace(info.architecture, gate=None))
     torch.manual_seed(sub_seed(config.seed, WEIGHTS, _STAGE_SEEDS[name]))
     network = info.architecture.build()
+    _open_gates(network, config.model)
     if name == "hrl" and run.finished("sp"):
         path = run.model_path("sp")
         load_weights(network, read_tensors(path)[0], path)
@@ -171,7 +190,9 @@ def _run_stage(
     trained, seconds = fit(
         fabric,
         network,
-        _task(config, stage, stage.total_steps(loader.steps_per_epoch), fabric.global_rank),
+        _task(
+            config, stage, stage.total_steps(loader.steps_per_epoch), fabric.global_rank, teacher
+        ),
         loader,
         name=name,
         stage=stage,
@@ -181,6 +202,9 @@ def _run_stage(
         progress=progress,
         stop=stop,
     )
+    if config.recalibrate and trained.num_gates:
+        steps = range(min(config.recalibrate, loader.steps_per_epoch))
+        recalibrate(trained, (_layout(loader.batch(step)[0], config) for step in steps))
     result = measure(trained)
     progress.finished(name, result, seconds)
     results: dict[str, Any] = {"evaluation": result.to_dict(), "seconds": seconds}
@@ -221,13 +245,61 @@ def _loader(
     return loader
 
 
-def _demand_reachable(stage: HybridConfig, cost: Cost) -> None:
-    least = cost.always / cost.dense
-    if stage.target_compute is not None and stage.target_compute < least:
+def _demand_reachable(stage: StageConfig, cost: Cost) -> None:
+    if not isinstance(stage, RoutedConfig) or stage.target_compute is None:
+        return
+    least, most = cost.always / cost.dense, (cost.always + sum(cost.blocks[1:])) / cost.dense
+    if not least <= stage.target_compute <= most:
         raise UserError(
-            f"target_compute {stage.target_compute} is out of reach: with every gate closed this "
-            f"network still takes {least:.3f} of the dense computation"
+            f"target_compute {stage.target_compute} is out of reach: this network takes from "
+            f"{least:.3f} (every gate closed) to {most:.3f} (every gate open) of the dense "
+            "computation"
         )
+
+
+def _layout(images: Tensor, config: TrainConfig) -> Tensor:
+    return images.to(memory_format=torch.channels_last) if config.channels_last else images
+
+
+def _teacher(config: TrainConfig, info: ModelInfo, device: torch.device) -> SkipNet | None:
+    """The network that sp and hrl learn from, checked against the data."""
+    if config.teacher is None:
+        return None
+    path = config.teacher
+    if path.is_dir():
+        path = RunDirectory.open(path)[0].model_path("dense")
+    teacher, about = load_model(path)
+    for what, own, other in (
+        ("classes", info.classes, about.classes),
+        ("channels", info.architecture.in_channels, about.architecture.in_channels),
+        ("normalisation", (info.mean, info.std), (about.mean, about.std)),
+    ):
+        if own != other:
+            raise UserError(
+                f"the teacher {path} has other {what} than the data ({other} instead of {own}): "
+                "train one on the same data"
+            )
+    if config.channels_last:
+        teacher.to(memory_format=torch.channels_last)
+    return teacher.to(device).requires_grad_(False)
+
+
+def _open_gates(network: SkipNet, config: ModelConfig) -> None:
+    """Start the gates as the configuration says."""
+    if network.gate is None:
+        return
+    if config.open_blocks is None:
+        network.gate.set_keep_(config.initial_keep)
+        return
+    assert isinstance(network.gate, StaticGate)
+    if any(not 0 <= block < network.num_gates for block in config.open_blocks):
+        raise UserError(
+            f"open_blocks names gated blocks from 0 to {network.num_gates - 1}, not "
+            f"{' '.join(map(str, config.open_blocks))}"
+        )
+    with torch.no_grad():
+        network.gate.logits.fill_(-CERTAIN)
+        network.gate.logits[list(config.open_blocks)] = CERTAIN
 
 
 def _sharpen(network: SkipNet, images: Tensor, magnitude: float) -> None:
@@ -241,10 +313,18 @@ def _sharpen(network: SkipNet, images: Tensor, magnitude: float) -> None:
         network.gate.scale_logits_(magnitude / mean)
 
 
-def _task(config: TrainConfig, stage: StageConfig, total: int, rank: int) -> Task:
+def _task(
+    config: TrainConfig, stage: StageConfig, total: int, rank: int, teacher: SkipNet | None
+) -> Task:
     """The objective of a stage."""
-    if not isinstance(stage, HybridConfig):
-        return Supervised(label_smoothing=stage.label_smoothing)
+    if not isinstance(stage, RoutedConfig):
+        return Supervised(criterion=Criterion(label_smoothing=stage.label_smoothing))
+    criterion = Criterion(
+        label_smoothing=stage.label_smoothing,
+        teacher=teacher,
+        weight=config.teacher_weight,
+        temperature=config.teacher_temperature,
+    )
     budget = None
     if stage.target_compute is not None:
         budget = Budget(
@@ -253,9 +333,21 @@ def _task(config: TrainConfig, stage: StageConfig, total: int, rank: int) -> Tas
             # The budget is told of every micro-batch; its gain and average are meant a step.
             rate=stage.alpha_rate / stage.accumulate,
             damping=stage.alpha_damping,
-            momentum=AVERAGE_MOMENTUM ** (1 / stage.accumulate),
+            momentum=SMOOTHING ** (1 / stage.accumulate),
             integral=stage.alpha,
         )
+    seed = sub_seed(config.seed, RANK, rank)
+    if isinstance(stage, SupervisedConfig):
+        return Supervised(
+            decide=stage.decide,
+            criterion=criterion,
+            alpha=stage.alpha,
+            budget=budget,
+            costs=stage.costs,
+            diversity=stage.diversity,
+            seed=seed,
+        )
+    assert isinstance(stage, HybridConfig)
     return Hybrid(
         alpha=stage.alpha,
         beta=stage.beta,
@@ -263,10 +355,13 @@ def _task(config: TrainConfig, stage: StageConfig, total: int, rank: int) -> Tas
         baseline=stage.baseline,
         samples=stage.samples,
         entropy_bonus=stage.entropy_bonus,
+        diversity=stage.diversity,
         costs=stage.costs,
-        label_smoothing=stage.label_smoothing,
+        supervised_weight=stage.supervised_weight,
+        statistics=stage.statistics,
+        criterion=criterion,
         budget=budget,
-        seed=sub_seed(config.seed, RANK, rank),
+        seed=seed,
     )
 
 
@@ -326,6 +421,9 @@ def _fabric(config: TrainConfig) -> "Fabric":
     fabric.launch()
     return fabric
 
+
+CERTAIN = 8.0
+"""Logit of a static gate that is not to change its mind."""
 
 # Every stage draws its own weights and order, whichever stages run before it.
 _STAGE_SEEDS: dict[StageName, int] = {"dense": 0, "sp": 1, "hrl": 2}

@@ -1,0 +1,73 @@
+"""A budget: what drives the price of computation so that a network meets a target."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+SMOOTHING = 0.9
+"""Momentum of the moving average of the computation, a step."""
+
+
+@dataclass
+class Budget:
+    """Drives alpha, the price of computation, so that the computation meets a target.
+
+    Dual ascent with damping: `alpha = integral + damping * error`, `integral += rate * error`, the
+    error being the computation (share of dense multiply-adds, a moving average over steps) over the
+    target of the moment. The target falls linearly from the computation at the start to `target` at
+    `ramp_steps`, so that the network can follow. An integral alone swings: by the time the average
+    shows that alpha is high enough, it is far too high. Alpha becomes negative where the
+    computation is below the target: then blocks are paid to run, for closed gates do not open by
+    themselves.
+
+    Attributes:
+        target: Share of dense multiply-adds to reach.
+        ramp_steps: Steps until the target is in force.
+        rate: Integral gain, alpha a step and unit of error.
+        damping: Proportional gain, alpha a unit of error.
+        momentum: Of the moving average.
+        integral: State.
+        average: State: the average computation; negative before the first step.
+        start: State: the computation at the first step.
+    """
+
+    target: float
+    ramp_steps: int
+    rate: float
+    damping: float
+    momentum: float = SMOOTHING
+    integral: float = 0.0
+    average: float = -1.0
+    start: float = -1.0
+
+    def goal(self, step: int) -> float:
+        """Return the target of the moment."""
+        ramp = min(1.0, step / max(1, self.ramp_steps))
+        return self.start + ramp * (self.target - self.start)
+
+    def update(self, computation: float, step: int) -> float:
+        """Take in the computation of a step, and return alpha for the next."""
+        if self.average < 0:
+            self.average = self.start = computation
+        self.average += (1 - self.momentum) * (computation - self.average)
+        error = self.average - self.goal(step)
+        self.integral += self.rate * error
+        return self.integral + self.damping * error
+
+    def state_dict(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in ("integral", "average", "start")}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        for name in ("integral", "average", "start"):
+            setattr(self, name, state[name])
+
+
+def mean_over_processes(value: Tensor) -> float:
+    """Return the mean over all processes: every one must drive the same alpha."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        value = value.clone()
+        torch.distributed.all_reduce(value)
+        value /= torch.distributed.get_world_size()
+    return value.item()
