@@ -250,6 +250,8 @@ class TrainConfig:
     dense: StageConfig
     sp: SupervisedConfig
     hrl: HybridConfig
+    start: Path | None = None
+    """A run directory or model file whose weights the first stage starts from."""
     teacher: Path | None = None
     """Run directory (its dense network) or model file whose answers sp and hrl learn from as well;
     none learns from the labels alone."""

@@ -41,6 +41,7 @@ from skipnet.training.loop import StopRequest, fit, resume_command
 from skipnet.training.progress import Progress
 from skipnet.training.recalibrate import recalibrate
 from skipnet.training.run import RunDirectory
+from skipnet.training.start import load_start, locate_start, start_weights
 
 if TYPE_CHECKING:  # Fabric takes as long to import as torch does; only training needs it
     from lightning_fabric import Fabric
@@ -77,6 +78,8 @@ def train(
         RunDirectory.demand_new(output)
     if resume is not None:
         RunDirectory.open(resume)[0].demand_same(config)
+    elif config.start is not None:
+        locate_start(config.start, config.stages[0])
     Architecture(name=config.model.name, gate=config.model.gate).demand_known()
     fabric = _fabric(config)
     console = console or Console(highlight=False)
@@ -98,13 +101,16 @@ def train(
     )
     teacher = _teacher(config, info, fabric.device)
     training_set, test_set = training_set.to(fabric.device), test_set.to(fabric.device)
-    # A target out of reach, or a batch that is too large, is told before a directory is made.
+    # A target out of reach, a batch that is too large, or weights that do not fit are told before a
+    # directory is made.
     if set(config.stages) & {"sp", "hrl"}:
         channels, network = info.architecture.in_channels, info.architecture.build()
         _open_gates(network, config.model)
         for name in config.stages:
             _demand_reachable(config.stage(name), network.cost(channels, *info.image_size))
     loaders = {name: _loader(fabric, config, name, info, training_set) for name in config.stages}
+    if resume is None and config.start is not None:
+        _start_weights(config.start, config.stages[0], info)
     run = _run_directory(fabric, config, output, resume)
     if config.tensorboard and fabric.is_global_zero:
         run.open_tensorboard()
@@ -174,6 +180,8 @@ def _run_stage(
     if name == "hrl" and run.finished("sp"):
         path = run.model_path("sp")
         load_weights(network, read_tensors(path)[0], path)
+    if config.start is not None and name == config.stages[0] and run.checkpoint_step(name) is None:
+        load_start(network, _start_weights(config.start, name, info))
     if isinstance(stage, HybridConfig) and stage.sharpen_to is not None:
         _sharpen(network.to(fabric.device), loader.batch(0)[0], stage.sharpen_to)
 
@@ -218,6 +226,10 @@ def _run_stage(
     else:
         run.results[name] = results
     fabric.barrier()
+
+
+def _start_weights(start: Path, name: StageName, info: ModelInfo) -> dict[str, Tensor]:
+    return start_weights(locate_start(start, name), info, gated=name != "dense")
 
 
 def _loader(
