@@ -63,8 +63,12 @@ class RunDirectory:
             raise UserError(f"cannot make the run directory {path}: {error.strerror}") from None
         run = RunDirectory(path)
         run._write_json("config.json", to_dict(config))
-        run._write_json("environment.json", environment())
         return run
+
+    def record_environment(self) -> None:
+        """Write versions, commit and hardware of the run's beginning, once."""
+        if not (self.path / "environment.json").exists():
+            self._write_json("environment.json", environment())
 
     @staticmethod
     def demand_new(path: Path) -> None:

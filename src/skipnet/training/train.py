@@ -86,31 +86,13 @@ def train(
     progress = Progress(console, enabled=fabric.is_global_zero)
 
     training_set, test_set = load(config.data)
-    mean, std = normalization(config.data, training_set)
-    info = ModelInfo(
-        architecture=Architecture(
-            name=config.model.name,
-            gate=config.model.gate,
-            num_classes=len(training_set.classes),
-            in_channels=training_set.images.shape[1],
-        ),
-        classes=training_set.classes,
-        mean=mean,
-        std=std,
-        image_size=(training_set.images.shape[2], training_set.images.shape[3]),
-    )
+    info = network_info(config, training_set)
     teacher = _teacher(config, info, fabric.device)
     training_set, test_set = training_set.to(fabric.device), test_set.to(fabric.device)
     # A target out of reach, a batch that is too large, or weights that do not fit are told before a
     # directory is made.
-    if set(config.stages) & {"sp", "hrl"}:
-        channels, network = info.architecture.in_channels, info.architecture.build()
-        _open_gates(network, config.model)
-        for name in config.stages:
-            _demand_reachable(config.stage(name), network.cost(channels, *info.image_size))
+    demand_possible(config, info, start=resume is None)
     loaders = {name: _loader(fabric, config, name, info, training_set) for name in config.stages}
-    if resume is None and config.start is not None:
-        _start_weights(config.start, config.stages[0], info)
     run = _run_directory(fabric, config, output, resume)
     if config.tensorboard and fabric.is_global_zero:
         run.open_tensorboard()
@@ -138,6 +120,43 @@ def train(
         )
     fabric.barrier()
     return run
+
+
+def network_info(config: TrainConfig, training_set: ImageSet) -> ModelInfo:
+    """Return what the model files of a run say, but for results: the network and its images."""
+    mean, std = normalization(config.data, training_set)
+    return ModelInfo(
+        architecture=Architecture(
+            name=config.model.name,
+            gate=config.model.gate,
+            num_classes=len(training_set.classes),
+            in_channels=training_set.images.shape[1],
+        ),
+        classes=training_set.classes,
+        mean=mean,
+        std=std,
+        image_size=(training_set.images.shape[2], training_set.images.shape[3]),
+    )
+
+
+def demand_possible(config: TrainConfig, info: ModelInfo, *, start: bool) -> None:
+    """Check what needs to know the data and can be told before anything is made.
+
+    Args:
+        config: Of the run.
+        info: Its network, see `network_info`.
+        start: Whether to check the weights it starts from.
+
+    Raises:
+        UserError: When a target is out of reach, or the weights to start from do not fit.
+    """
+    if set(config.stages) & {"sp", "hrl"}:
+        channels, network = info.architecture.in_channels, info.architecture.build()
+        _open_gates(network, config.model)
+        for name in config.stages:
+            _demand_reachable(config.stage(name), network.cost(channels, *info.image_size))
+    if start and config.start is not None:
+        _start_weights(config.start, config.stages[0], info)
 
 
 def results_table(results: dict[str, Any], config: TrainConfig) -> Table:
@@ -380,12 +399,15 @@ def _task(
 def _run_directory(
     fabric: "Fabric", config: TrainConfig, output: Path | None, resume: Path | None
 ) -> RunDirectory:
-    if resume is not None:
-        return RunDirectory.open(resume)[0]
-    path = RunDirectory.create(config, output).path if fabric.is_global_zero else None
-    path = fabric.broadcast(path)
-    assert path is not None
-    return RunDirectory(path)
+    path = resume
+    if path is None:
+        path = RunDirectory.create(config, output).path if fabric.is_global_zero else None
+        path = fabric.broadcast(path)
+        assert path is not None
+    run = RunDirectory(path)
+    if fabric.is_global_zero:
+        run.record_environment()
+    return run
 
 
 def _measure_throughput(
