@@ -25,6 +25,10 @@ EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
 COMMANDS = {
     "train": ("train:main", "Train a recipe's stages in order and leave one run directory."),
+    "sweep": (
+        "sweep:main",
+        "Train the curve of accuracy against computation: one SP a seed, and HRL to every target.",
+    ),
     "evaluate": ("models:evaluate", "Measure accuracy and computation on a test set."),
     "info": (
         "models:info",

@@ -12,15 +12,20 @@ class UserError(ValueError):
     """
 
 
+# Which extra brings an optional package.
+_EXTRAS = {"onnx": "onnx", "onnxruntime": "onnx", "onnxscript": "onnx", "matplotlib": "report"}
+
+
 @contextmanager
 def extras_named() -> Iterator[None]:
     """Turn the lack of an optional package into a `UserError` that says how to install it."""
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name not in ("onnx", "onnxruntime", "onnxscript"):
+        if error.name not in _EXTRAS:
             raise
-        raise UserError(f"{error.name} is not installed: pip install 'skipnet[onnx]'") from None
+        extra = _EXTRAS[error.name]
+        raise UserError(f"{error.name} is not installed: pip install 'skipnet[{extra}]'") from None
 
 
 class Interrupted(Exception):
