@@ -2,6 +2,7 @@
 
 import io
 import statistics
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,14 +127,14 @@ def _curve(results: Results) -> "Figure":
     shares = [100 * run["evaluation"]["macs_fraction"] for run in singles] or [100.0]
     sp = [_point(runs) for runs in groups.values() if runs[0]["stage"] == "sp"]
     if points:
-        x, y, *_ = points[-1]
+        x, y, *_ = points[0]
         axes.annotate(
             "SkipNet",
             (x, y),
-            (0, 9),
+            (10, -2),
             textcoords="offset points",
             color=OURS,
-            ha="center",
+            va="top",
             fontweight="bold",
         )
     dense = [run["evaluation"]["accuracy"] for run in results["runs"] if run["stage"] == "dense"]
@@ -142,30 +143,24 @@ def _curve(results: Results) -> "Figure":
     low, high = (min(levels), max(levels)) if levels else (sp[0][1], sp[0][1])
     for x, y, *_ in sp:
         if low - NEAR <= y <= high + NEAR:
-            axes.plot([x], [y], "D", color=OURS, markerfacecolor="white", markersize=6, zorder=3)
+            axes.plot([x], [y], "D", color=OURS, markerfacecolor="white", markersize=6, zorder=4)
             _label(axes, "SP", x, y, OURS)
             levels.append(y)
             shares.append(x)
     far = _paper(axes, config, low, high, levels, shares)
     far += [f"SP: {y:.2f} % at {x:.0f} %" for x, y, *_ in sp if not low - NEAR <= y <= high + NEAR]
     if far:
-        figure.text(
-            0.995,
-            0.0,
-            "off the scale: " + "; ".join(far),
-            color=FAINT,
-            fontsize=7.5,
-            ha="right",
-            va="bottom",
-        )
-        figure.set_layout_engine("constrained", rect=(0, 0.035, 1, 0.965))
+        words = textwrap.fill("Off the scale: " + "; ".join(far) + ".", 105)
+        figure.text(0.01, 0.01, words, color=FAINT, fontsize=8, va="bottom")
+        foot = 0.04 * (1 + words.count("\n"))
+        figure.set_layout_engine("constrained", rect=(0, foot, 1, 1 - foot))
     margin = max(0.3, 0.12 * (max(levels) - min(levels)))
     axes.set_ylim(min(levels) - margin, max(levels) + 1.3 * margin)
     axes.set_xlim(min(shares) - 6, max(102.0, *shares) + 2)
     axes.set_xlabel("computation, % of the dense network's multiply-adds")
     axes.set_ylabel("test accuracy, %")
     seeds = results["settings"]["seeds"]
-    spread = f"mean and standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
+    spread = f"mean ± std of {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
     model = config["model"]
     _title(
         axes,
