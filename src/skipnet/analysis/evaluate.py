@@ -85,14 +85,17 @@ def evaluate(
     correct = torch.zeros((), dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     macs, executed = [], []
-    with torch.inference_mode():
-        for pixels, labels in eval_batches(images, batch_size=batch_size, mean=mean, std=std):
-            logits, routing = model(_layout(pixels, channels_last), decide=decide, execute=execute)
-            correct += (logits.argmax(dim=1) == labels).sum()
-            loss += torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-            macs.append(routing.macs)
-            executed.append(routing.executed)
-    model.train(training)
+    try:
+        with torch.inference_mode():
+            for pixels, labels in eval_batches(images, batch_size=batch_size, mean=mean, std=std):
+                pixels = _layout(pixels, channels_last)
+                logits, routing = model(pixels, decide=decide, execute=execute)
+                correct += (logits.argmax(dim=1) == labels).sum()
+                loss += torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+                macs.append(routing.macs)
+                executed.append(routing.executed)
+    finally:
+        model.train(training)
     cost = model.cost(*images.images.shape[1:])
     per_image = torch.cat(macs)
     mean_macs = per_image.sum().item() / len(images)
@@ -133,9 +136,8 @@ def class_information(executed: Tensor, labels: Tensor) -> Tensor:
 
 def _bits(rates: Tensor) -> Tensor:
     """Entropy of Bernoulli variables of these rates, in bits."""
-    return -(torch.special.xlogy(rates, rates) + torch.special.xlogy(1 - rates, 1 - rates)) / (
-        math.log(2)
-    )
+    bits = torch.special.xlogy(rates, rates) + torch.special.xlogy(1 - rates, 1 - rates)
+    return bits.abs() / math.log(2)  # abs: they are at most 0, and -0 would be printed.
 
 
 def throughput(

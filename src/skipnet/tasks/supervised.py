@@ -68,8 +68,11 @@ class Supervised:
         if routing.decisions.shape[1]:
             costs = block_costs(routing.cost, self.costs).to(loss)
             told = information(routing.logits).mean()
-            loss = loss + self.alpha * (routing.decisions * costs).mean()
-            loss = loss - self.diversity * told
+            # Not added where they are nothing: a gradient of 0 would let weight decay at the gates.
+            if self.alpha and routing.decisions.requires_grad:
+                loss = loss + self.alpha * (routing.decisions * costs).mean()
+            if self.diversity:
+                loss = loss - self.diversity * told
             computation = routing.macs.double().mean() / routing.cost.dense
             metrics |= {
                 "keep_rate": routing.executed.float().mean(),
