@@ -29,6 +29,10 @@ COMMANDS = {
         "sweep:main",
         "Train the curve of accuracy against computation: one SP a seed, and HRL to every target.",
     ),
+    "ablations": (
+        "ablations:main",
+        "Train a recipe with one thing left out or swapped at a time, and leave one table.",
+    ),
     "evaluate": ("models:evaluate", "Measure accuracy and computation on a test set."),
     "info": (
         "models:info",

@@ -3,7 +3,7 @@
 import inspect
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,17 +24,23 @@ from skipnet.training.train import demand_possible, network_info
 Number = TypeVar("Number", int, float)
 
 
-def read_arguments(command: Callable[..., Any], words: Sequence[str], example: str) -> None:
+def read_arguments(
+    command: Callable[..., Any],
+    words: Sequence[str],
+    example: str,
+    lists: Mapping[str, Mapping[str, str]] | None = None,
+) -> None:
     """Read `RECIPE [flags]`, or `--resume DIR`, which reads its configuration, and call a command.
 
     Args:
         command: Takes a configuration and keywords; its name is the command's.
         words: What stands after the command.
         example: Its last help line.
+        lists: More names that its help explains, by title.
     """
     name = command.__name__
     if not words or words[0] in ("-h", "--help"):
-        print(_usage(command, example))
+        print(_usage(command, example, lists or {}))
         return
     if words[0].startswith("-"):
         config, title = Study.read(_resume_argument(name, words)).config, "--resume"
@@ -78,6 +84,11 @@ def numbers(name: str, text: str | None, kind: type[Number]) -> list[Number]:
                 f"{name} are {what} with commas between, and {word.strip()!r} is none"
             ) from None
     return found
+
+
+def words_of(text: str | None) -> list[str]:
+    """Read names between commas; none if there is no text."""
+    return [] if text is None else [word.strip() for word in text.split(",")]
 
 
 def run_study(
@@ -202,17 +213,24 @@ def _resume_argument(name: str, words: Sequence[str]) -> Path:
     )
 
 
-def _usage(command: Callable[..., Any], example: str) -> str:
+def _usage(
+    command: Callable[..., Any], example: str, lists: Mapping[str, Mapping[str, str]]
+) -> str:
     name = command.__name__
-    lines = [f"  {name:26s} {describe_recipe(name)}" for name in list_recipes()]
+    lines = [
+        f"usage: skipnet {name} RECIPE [--field value …] [--output DIR]",
+        f"       skipnet {name} --resume DIR",
+        "",
+        (command.__doc__ or "").split("\n")[0],
+    ]
+    for title, entries in {
+        **lists,
+        "recipes": {n: describe_recipe(n) for n in list_recipes()},
+    }.items():
+        width = max(map(len, entries))
+        lines += ["", f"{title}:", *(f"  {key:{width}s}  {text}" for key, text in entries.items())]
     return "\n".join(
         [
-            f"usage: skipnet {name} RECIPE [--field value …] [--output DIR]",
-            f"       skipnet {name} --resume DIR",
-            "",
-            (command.__doc__ or "").split("\n")[0],
-            "",
-            "recipes:",
             *lines,
             "",
             f"skipnet {name} RECIPE --help lists every field with the recipe's value.  Example:",

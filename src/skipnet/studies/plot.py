@@ -67,7 +67,9 @@ def draw(results: Results, folder: Path) -> list[Path]:
     files = []
     with matplotlib.rc_context(_STYLE):
         figures = {"curve": _curve(results)}
-        routed = [run for run in results["runs"] if len(run["path"]["step"]) > 1]
+        routed = [
+            run for run in results["runs"] if run["stage"] == "hrl" and len(run["path"]["step"]) > 1
+        ]
         if routed:
             figures["path"] = _paths(results, routed)
         for name, figure in figures.items():

@@ -21,7 +21,7 @@ def collect(study: Study, children: Sequence[Child]) -> Results:
         kind, recipe, config (which the runs share), settings, runs, and missing, the names of those
         not finished. A run has name, label, stage, seed, target, alpha (None where it has none),
         evaluation, sampled (None for a dense network), seconds, environment (versions, commit,
-        hardware), and path: step, alpha and macs_fraction of every line that HRL logged.
+        hardware), and path: step, alpha and macs_fraction of every line logged that has them.
 
     Raises:
         UserError: When a run's file cannot be read, or results.json cannot be written.
@@ -71,7 +71,7 @@ def _path(metrics: Path) -> dict[str, list[float]]:
     path: dict[str, list[float]] = {"step": [], "alpha": [], "macs_fraction": []}
     for text in metrics.read_text(encoding="utf-8").splitlines():
         line = json.loads(text)
-        if "alpha" in line:
+        if "alpha" in line and "macs_fraction" in line:
             for key, values in path.items():
                 values.append(round(line[key], 5))
     return path

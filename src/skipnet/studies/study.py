@@ -10,6 +10,7 @@ curve.png, path.png …  the plots (and .svg)
 import dataclasses
 import fcntl
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -214,6 +215,20 @@ def study_of(path: Path, kind: str, config: TrainConfig, settings: Settings) -> 
     there.demand_same(kind, config)
     joined = {name: _join(there.settings.get(name), value) for name, value in settings.items()}
     return dataclasses.replace(there, settings=joined)
+
+
+def distinct(name: str, values: Sequence[Any], *, least: float | None = None) -> list[Any]:
+    """Check that no value is given twice, or is below the least.
+
+    Raises:
+        UserError: When one is.
+    """
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            raise UserError(f"{name} has {value} twice: give each once")
+        if least is not None and not least <= value < math.inf:
+            raise UserError(f"{name} must be at least {least}, and {value} is not")
+    return list(values)
 
 
 def write_json(path: Path, values: Any) -> None:

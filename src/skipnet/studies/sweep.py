@@ -1,11 +1,10 @@
 """The trade-off curve: a dense and an SP run a seed, and from SP an HRL run a target or alpha."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 from skipnet.errors import UserError
-from skipnet.studies.study import SP, Child, Settings, plan
+from skipnet.studies.study import SP, Child, Settings, distinct, plan
 from skipnet.training.config import TrainConfig
 
 
@@ -40,21 +39,10 @@ def sweep_settings(
     for target in targets:
         if not 0 < target <= 1:
             raise UserError(f"targets must lie in (0, 1], and {target} does not")
-    for alpha in alphas:
-        if not 0 <= alpha < math.inf:
-            raise UserError(f"alphas must be at least 0, and {alpha} is not")
-    seeds = list(seeds) or [config.seed]
-    for seed in seeds:
-        if seed < 0:
-            raise UserError(f"seeds must be at least 0, and {seed} is not")
-    for name, values in (("targets", targets), ("alphas", alphas), ("seeds", seeds)):
-        twice = [value for index, value in enumerate(values) if value in values[:index]]
-        if twice:
-            raise UserError(f"{name} has {twice[0]} twice: give each once")
     return {
-        "targets": list(targets),
-        "alphas": list(alphas),
-        "seeds": seeds,
+        "targets": distinct("targets", targets),
+        "alphas": distinct("alphas", alphas, least=0),
+        "seeds": distinct("seeds", list(seeds) or [config.seed], least=0),
         "dense": dense and "dense" in config.stages,
     }
 
