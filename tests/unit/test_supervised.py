@@ -131,3 +131,14 @@ def test_a_checkpoint_without_state_leaves_alpha() -> None:
     task = Supervised(alpha=0.3)
     task.load_state_dict({})
     assert task.alpha == 0.3
+
+
+def test_a_budget_of_soft_gates_is_told_what_they_decide_at_test() -> None:
+    """Every block runs in training, whatever g: counting that, no price would ever be enough."""
+    network = small().train()
+    network.gate.set_keep_(0.01)
+    budget = Budget(0.5, 1, 0.5, 2.0)
+    metrics = Supervised(decide="soft", budget=budget)(network, *batch(), 0)
+    cost = network.cost(1, 6, 6)
+    assert metrics["macs_fraction"].item() == pytest.approx(cost.always / cost.dense)
+    assert budget.average == metrics["macs_fraction"].item()

@@ -73,7 +73,9 @@ class Supervised:
                 loss = loss + self.alpha * (routing.decisions * costs).mean()
             if self.diversity:
                 loss = loss - self.diversity * told
-            computation = routing.macs.double().mean() / routing.cost.dense
+            # Soft gates run every block; what the budget is meant for is what they decide at test.
+            ran = routing.logits if self.decide == "soft" else routing.decisions
+            computation = routing.cost.executed(ran).double().mean() / routing.cost.dense
             metrics |= {
                 "keep_rate": routing.executed.float().mean(),
                 "macs_fraction": computation,
