@@ -256,7 +256,7 @@ def _paths(results: Results, runs: Sequence[dict[str, Any]]) -> "Figure":
     for label, group in groups.items():
         for run in group:
             path, colour = run["path"], colours[label]
-            shares = [100 * share for share in path["macs_fraction"]]
+            shares = [100 * share for share in path["macs_thresholded"]]
             upper.plot(path["step"], shares, color=colour, linewidth=1.3, alpha=0.85)
             lower.plot(path["step"], path["alpha"], color=colour, linewidth=1.3, alpha=0.85)
         if group[0]["target"] is not None:
@@ -265,7 +265,7 @@ def _paths(results: Results, runs: Sequence[dict[str, Any]]) -> "Figure":
             )
             end = 100 * group[0]["target"]
         else:
-            end = statistics.mean(100 * run["path"]["macs_fraction"][-1] for run in group)
+            end = statistics.mean(100 * run["path"]["macs_thresholded"][-1] for run in group)
         ends.append((end, label))
     # Labels at the right ends of the lines, from below, each clear of the one before.
     bottom, top = upper.get_ylim()
@@ -287,7 +287,8 @@ def _paths(results: Results, runs: Sequence[dict[str, Any]]) -> "Figure":
     _title(
         upper,
         "How each run found its computation",
-        "sampled decisions, HRL, each line a run" + ("; dotted: its target" if targeted else ""),
+        "thresholded decisions in HRL, each line a run"
+        + ("; dotted: its target" if targeted else ""),
     )
     upper.set_ylabel("computation,\n% of dense multiply-adds")
     lower.set_ylabel("alpha, weight of skipping")

@@ -21,7 +21,8 @@ def collect(study: Study, children: Sequence[Child]) -> Results:
         kind, recipe, config (which the runs share), settings, runs, and missing, the names of those
         not finished. A run has name, label, stage, seed, target, alpha (None where it has none),
         evaluation, sampled (None for a dense network), seconds, environment (versions, commit,
-        hardware), and path: step, alpha and macs_fraction of every line logged that has them.
+        hardware), and path: step, alpha, macs_fraction (of sampled decisions) and macs_thresholded
+        of every line that HRL logged.
 
     Raises:
         UserError: When a run's file cannot be read, or results.json cannot be written.
@@ -67,11 +68,13 @@ def _entry(study: Study, child: Child) -> dict[str, Any] | None:
 
 
 def _path(metrics: Path) -> dict[str, list[float]]:
-    """How computation and alpha moved while HRL trained."""
-    path: dict[str, list[float]] = {"step": [], "alpha": [], "macs_fraction": []}
+    """How computation, of sampled and of thresholded decisions, and alpha moved in training."""
+    path: dict[str, list[float]] = {
+        name: [] for name in ("step", "alpha", "macs_fraction", "macs_thresholded")
+    }
     for text in metrics.read_text(encoding="utf-8").splitlines():
         line = json.loads(text)
-        if "alpha" in line and "macs_fraction" in line:
+        if path.keys() <= line.keys():
             for key, values in path.items():
                 values.append(round(line[key], 5))
     return path
@@ -91,7 +94,10 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def results_table(results: Results) -> Table:
-    """Return a row a label, percent: mean ± standard deviation over its seeds."""
+    """Return a row a label: percent, mean ± standard deviation over its seeds.
+
+    "by input" is the number of gates that open for 5 to 95 % of the images.
+    """
     model = results["config"]["model"]
     seeds = results["settings"]["seeds"]
     table = Table(
@@ -101,6 +107,7 @@ def results_table(results: Results) -> Table:
     table.add_column("", no_wrap=True)
     for title in ("accuracy", "of dense", "sampled", "of dense", "blocks run", "MACs", "time"):
         table.add_column(title, justify="right")
+    table.add_column("by input", justify="right")
     if len(seeds) > 1:
         table.add_column("runs", justify="right")
     for label, runs in by_label(results["runs"]).items():
@@ -116,6 +123,10 @@ def results_table(results: Results) -> Table:
             f"{statistics.mean(e['macs'] for e in hard) / 1e6:.1f}M",
             _duration(statistics.mean(run["seconds"] for run in runs)),
         ]
+        gates = len(hard[0]["keep_rates"])
+        cells.append(
+            f"{statistics.mean(e['gates_by_input'] for e in hard):.3g} of {gates}" if gates else ""
+        )
         if len(seeds) > 1:
             cells.append(str(len(runs)))
         table.add_row(*cells)
