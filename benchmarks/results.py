@@ -109,8 +109,9 @@ def _trainings(results: dict[str, Any]) -> list[str]:
     """A line a stage, over the seeds."""
     runs = results["runs"]
     lines = [
-        "| network | accuracy | sampled | MACs | of dense | blocks run | images/s | training |",
-        "|---|---|---|---|---|---|---|---|",
+        "| network | accuracy | sampled | MACs | of dense | blocks run | by input | images/s "
+        "| training |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for stage in results["config"]["stages"]:
         evaluations = [run["results"][stage]["evaluation"] for run in runs]
@@ -126,11 +127,20 @@ def _trainings(results: dict[str, Any]) -> list[str]:
             f"{statistics.mean(e['macs'] for e in evaluations) / 1e6:.1f}M",
             _spread([100 * e["macs_fraction"] for e in evaluations], 1) + " %",
             _spread([100 * e["blocks_fraction"] for e in evaluations], 1) + " %",
+            _by_input(evaluations),
             f"{rate}",
             f"{minutes:.0f} min" if minutes >= 10 else f"{60 * minutes:.0f} s",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _by_input(evaluations: list[dict[str, Any]]) -> str:
+    """How many gates are open for 5 to 95 % of the images, a seed."""
+    if not evaluations[0]["keep_rates"]:
+        return ""
+    counts = [sum(0.05 <= rate <= 0.95 for rate in e["keep_rates"]) for e in evaluations]
+    return f"{', '.join(map(str, counts))} of {len(evaluations[0]['keep_rates'])}"
 
 
 def _read_run(path: Path) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def test_quickstart(tmp_path: Path) -> None:
         pattern = r"\d+\.\d\d %;\d+\.\d\dM;\d+\.\d %;\d+\.\d %;[\d,]+"
         assert re.fullmatch(pattern, ";".join(row[1:])), row
     assert cells[0][3:5] == ["100.0 %", "100.0 %"]
-    for head in ("accuracy", "MACs", "of dense", "blocks run", "images/s"):
+    for head in ("accuracy", "MACs", "of dense", "blocks run", "by input", "images/s"):
         assert head in lines[title + 2]
 
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}

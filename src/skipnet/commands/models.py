@@ -41,8 +41,11 @@ def evaluate(
 
     Its fields: accuracy (percent), loss, macs (mean an image, gates included), macs_fraction (of
     the dense network), blocks_fraction (the paper's count: the first block always counts as run),
-    keep_rates (one a gate), num_images, and, for a network with gates, the same for sampled
-    instead of thresholded decisions under "sampled".
+    keep_rates (one a gate), num_images; what depends on the input: macs_spread (standard deviation
+    over the images, of dense), num_paths (different decision vectors), gates_by_input (gates open
+    for 5 to 95 % of the images), gate_information and class_information (bits a decision tells
+    about the image and about its class, one a gate); and, for a network with gates, the same for
+    sampled instead of thresholded decisions under "sampled".
 
     Args:
         model: A run directory or a model file.

@@ -162,7 +162,7 @@ def demand_possible(config: TrainConfig, info: ModelInfo, *, start: bool) -> Non
 def results_table(results: dict[str, Any], config: TrainConfig) -> Table:
     """Return the table a run ends with: a row a finished stage."""
     table = Table(title=f"{config.recipe}: {config.model.name}, gate {config.model.gate}")
-    for title in ("", "accuracy", "MACs", "of dense", "blocks run", "images/s"):
+    for title in ("", "accuracy", "MACs", "of dense", "blocks run", "by input", "images/s"):
         table.add_column(title, justify="left" if not title else "right")
     titles = {"dense": "dense", "sp": "SP", "hrl": "HRL"}
     for name in config.stages:
@@ -173,9 +173,17 @@ def results_table(results: dict[str, Any], config: TrainConfig) -> Table:
             f"{result['macs'] / 1e6:.2f}M",
             f"{100 * result['macs_fraction']:.1f} %",
             f"{100 * result['blocks_fraction']:.1f} %",
+            by_input(result),
             f"{results[name]['images_per_s']:,.0f}",
         )
     return table
+
+
+def by_input(evaluation: dict[str, Any]) -> str:
+    """How many gates depend on the input, of how many; nothing for a dense network."""
+    if not evaluation["keep_rates"]:
+        return ""
+    return f"{evaluation['gates_by_input']} of {len(evaluation['keep_rates'])}"
 
 
 def _run_stage(
