@@ -10,7 +10,7 @@ from torch import Tensor
 
 import skipnet
 from skipnet import Fixed, Gumbel, Random, Sample, Soft, StraightThrough, Threshold, UserError
-from skipnet.routing.decisions import Decision, named_decision
+from skipnet.routing.decisions import Decision, Flip, named_decision
 
 TIE = [-3.0, -1e-6, -0.0, 0.0, 1e-6, 3.0]
 
@@ -251,6 +251,7 @@ EVERY = [
     Sample(generator()),
     Soft(),
     Fixed(torch.ones(8)),
+    Flip(torch.zeros(1, dtype=torch.int64)),
     Random(0.5, generator()),
 ]
 

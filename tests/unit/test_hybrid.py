@@ -19,19 +19,24 @@ import skipnet
 from skipnet import Fixed, SkipNet, UserError
 from skipnet.models.resnet_cifar import cifar_resnet
 from skipnet.routing.cost import Cost
+from skipnet.routing.decisions import Flip
+from skipnet.seeding import DECISIONS, sub_seed
 from skipnet.tasks.budget import Budget
 from skipnet.tasks.criterion import Criterion
 from skipnet.tasks.hybrid import Hybrid
 from skipnet.tasks.rewards import (
     block_costs,
     entropy,
+    flip_loss,
     gate_returns,
+    information,
     log_probability,
     others_mean,
     policy_loss,
     reward_to_go,
     skip_rewards,
 )
+from skipnet.tasks.supervised import Supervised
 
 COST = Cost(stem=7, blocks=(1000, 20, 60, 40), shortcuts=(0, 5, 0, 0), gates=(1, 1, 1), head=3)
 
@@ -399,6 +404,81 @@ def test_leave_one_out_needs_another_sample(samples: int) -> None:
 def test_unknown_names_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="one of"):
         Hybrid(**options)
+
+
+# The estimator that flips one gate an image.
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.25])
+def test_flip_by_hand(beta: float) -> None:
+    """Every alternative is a forward pass of its own, one image at a time, in evaluation."""
+    network = small().eval()
+    images, labels = batch(8)
+    gates = torch.randint(2, (8,), generator=torch.Generator().manual_seed(sub_seed(3, 2, 5)))
+    assert DECISIONS == 2 and len(set(gates.tolist())) == 2
+    with torch.no_grad():
+        network.gate.project.bias.sub_(network(images)[1].logits.mean())  # Some run, some do not.
+    hybrid = Hybrid(estimator="flip", alpha=0.6, beta=beta, policy_weight=0.3, seed=3)
+    result = hybrid(network, images, labels, 5)
+
+    def price(row: int, flipped: int | None) -> tuple[float, list[float], list[float]]:
+        decide = "threshold" if flipped is None else Flip(torch.tensor([flipped]))
+        logits, routing = network(images[row : row + 1], decide=decide)
+        loss = cross_entropy_by_hand(logits[0].tolist(), labels[row].item(), 0.0)
+        decisions = routing.decisions[0].tolist()
+        return beta * loss + 0.6 * sum(decisions) / 2, decisions, routing.logits[0].tolist()
+
+    policy = losses = 0.0
+    for row, gate in enumerate(gates.tolist()):
+        now, decisions, logits = price(row, None)
+        other, others, _ = price(row, gate)
+        assert others[gate] == 1 - decisions[gate] and others[:gate] == decisions[:gate]
+        better = decisions[gate] if now < other else 1 - decisions[gate]
+        p = 1 / (1 + math.exp(-logits[gate]))
+        policy -= 2 * abs(other - now) * math.log(p if better else 1 - p) / 8
+        losses += (now - 0.6 * sum(decisions) / 2) / beta / 8
+    assert result["cross_entropy"].item() == pytest.approx(losses, rel=1e-9)
+    assert result["loss"].item() == pytest.approx(losses + 0.3 * policy, rel=1e-9)
+    assert result["macs_fraction"].item() == result["macs_thresholded"].item()
+
+
+def test_flips_leave_no_trace_in_statistics() -> None:
+    flipping, plain = small().train(), small().train()
+    Hybrid(estimator="flip")(flipping, *batch(), 0)
+    Supervised(decide="threshold")(plain, *batch(), 0)
+    for (name, one), other in zip(flipping.named_buffers(), plain.buffers(), strict=True):
+        assert name.endswith("num_batches_tracked") or torch.equal(one, other), name
+    norms = [part for part in flipping.modules() if isinstance(part, nn.BatchNorm2d)]
+    assert norms and all(norm.momentum == 0.1 for norm in norms)
+
+
+@settings(max_examples=50, deadline=None)
+@given(changes=st.lists(st.floats(-3, 3), min_size=1, max_size=6), decision=st.booleans())
+def test_flip_loss_is_least_at_the_sign_of_the_mean_advantage(
+    changes: list[float], decision: bool
+) -> None:
+    """Images that look alike have one logit: its gradient at 0 points to the better decision."""
+    logit = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    rows = len(changes)
+    decisions = torch.full((rows,), float(decision), dtype=torch.float64)
+    flip_loss(logit.expand(rows), decisions, double(changes)).backward()
+    advantage = sum(changes) / rows * (1 if decision else -1)  # Of executing.
+    assert logit.grad is not None
+    assert logit.grad.item() == pytest.approx(-advantage / 2, abs=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(logits=matrices(-8, 8))
+def test_information_by_hand(logits: list[list[float]]) -> None:
+    def h(p: float) -> float:
+        return -sum(q * math.log(q) for q in (p, 1 - p) if q > 0)
+
+    told = information(double(logits)).tolist()
+    for gate, value in enumerate(told):
+        rates = [1 / (1 + math.exp(-row[gate])) for row in logits]
+        mean = sum(rates) / len(rates)
+        assert value == pytest.approx(h(mean) - sum(map(h, rates)) / len(rates), abs=1e-6)
+        assert -1e-6 <= value <= math.log(2) + 1e-6
 
 
 # Budget.

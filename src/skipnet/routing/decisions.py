@@ -137,6 +137,23 @@ class Fixed:
         return True
 
 
+class Flip:
+    """The hard threshold, but for one gate a row, which decides the other way.
+
+    Args:
+        gates: Which gate, int64 [batch].
+    """
+
+    def __init__(self, gates: Tensor) -> None:
+        self.gates = gates
+
+    def __call__(self, logit: Tensor, index: int, training: bool) -> Tensor:
+        return ((logit > 0) ^ (self.gates == index)).to(logit.dtype)
+
+    def binary(self, training: bool) -> bool:
+        return True
+
+
 class Random:
     """Execute with a given probability, whatever the logits say.
 

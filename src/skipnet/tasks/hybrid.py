@@ -8,6 +8,8 @@ Minimises J = E_x E_g [ L - (alpha / N) sum_i R_i ] over N gates, R_i = (1 - g_i
 The terms are in `rewards`; `Hybrid` puts them together for the loop.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
@@ -15,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from skipnet.errors import UserError
-from skipnet.routing.decisions import Sample
+from skipnet.routing.decisions import Flip, Sample, Threshold
 from skipnet.routing.network import ExecutorName
+from skipnet.routing.trace import Routing
 from skipnet.seeding import DECISIONS, sub_seed
 from skipnet.tasks.budget import Budget, mean_over_processes
 from skipnet.tasks.criterion import Criterion
@@ -24,6 +27,7 @@ from skipnet.tasks.rewards import (
     CostName,
     block_costs,
     entropy,
+    flip_loss,
     gate_returns,
     information,
     others_mean,
@@ -34,6 +38,7 @@ from skipnet.tasks.task import Metrics
 
 BaselineName = Literal["none", "batch-mean", "greedy", "leave-one-out"]
 StatisticsName = Literal["executed", "all", "frozen"]
+EstimatorName = Literal["reinforce", "flip"]
 
 
 class Hybrid:
@@ -52,6 +57,10 @@ class Hybrid:
         entropy_bonus: Weight of the decisions' entropy, in nats.
         diversity: Weight of what the decisions tell about the image, see `rewards.information`.
         costs: C_i, see `block_costs`.
+        estimator: "reinforce" samples all decisions, as the paper does. "flip" takes those of
+            inference, then runs each image once more with one gate, drawn at random, the other way:
+            which of the two would have been better is what that gate learns (see `flip_loss`). No
+            noise reaches the blocks, and a decision answers for itself alone.
         supervised_weight: Factor on the gradient of L itself; 0 is the paper's pure RL.
         statistics: What batch norms see: "executed", only the rows that run a block, as at
             inference (and the others are left out of it); "all", every row whether it runs the
@@ -72,6 +81,7 @@ class Hybrid:
         entropy_bonus: float = 0.0,
         diversity: float = 0.0,
         costs: CostName = "uniform",
+        estimator: EstimatorName = "reinforce",
         supervised_weight: float = 1.0,
         statistics: StatisticsName = "executed",
         criterion: Criterion | None = None,
@@ -82,6 +92,7 @@ class Hybrid:
             (baseline, BaselineName),
             (costs, CostName),
             (statistics, StatisticsName),
+            (estimator, EstimatorName),
         ):
             if value not in get_args(kind):
                 raise UserError(f"{value!r} is not one of {', '.join(get_args(kind))}")
@@ -97,6 +108,7 @@ class Hybrid:
         self.entropy_bonus = entropy_bonus
         self.diversity = diversity
         self.costs = costs
+        self.estimator = estimator
         self.supervised_weight = supervised_weight
         self.statistics = statistics
         self.criterion = criterion or Criterion()
@@ -114,7 +126,8 @@ class Hybrid:
                 if isinstance(layer, _BatchNorm):
                     layer.eval()
         execute: ExecutorName = "masked" if self.statistics == "all" else "compacted"
-        logits, routing = model(images, decide=Sample(generator), execute=execute)
+        decision = Sample(generator) if self.estimator == "reinforce" else Threshold()
+        logits, routing = model(images, decide=decision, execute=execute)
         if not routing.decisions.shape[1]:
             raise UserError("HRL trains gates, and this network has none: create it with gate=…")
 
@@ -122,9 +135,12 @@ class Hybrid:
         costs = block_costs(routing.cost, self.costs).to(losses)
         alpha = self.alpha
         beta = alpha / len(costs) if self.beta is None else self.beta
-        returns = gate_returns(losses, skip_rewards(routing.decisions, costs), alpha, beta)
-        advantages = returns - self._baseline(model, images, labels, returns, costs, beta)
-        policy = policy_loss(routing.logits, routing.decisions, advantages)
+        if self.estimator == "flip":
+            policy = self._flip(model, images, labels, routing, losses, costs, beta, generator)
+        else:
+            returns = gate_returns(losses, skip_rewards(routing.decisions, costs), alpha, beta)
+            advantages = returns - self._baseline(model, images, labels, returns, costs, beta)
+            policy = policy_loss(routing.logits, routing.decisions, advantages)
         uncertainty = entropy(routing.logits).sum(dim=1).mean()
         told = information(routing.logits).mean()
         loss = self.supervised_weight * losses.mean() + self.policy_weight * policy
@@ -145,6 +161,34 @@ class Hybrid:
             "information": told.detach(),
             "alpha": torch.tensor(alpha),
         }
+
+    def _flip(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        routing: Routing,
+        losses: Tensor,
+        costs: Tensor,
+        beta: float,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """What one gate an image would have changed, and the loss that it learns by."""
+        rows, num_gates = routing.decisions.shape
+        gates = torch.randint(num_gates, (rows,), generator=generator, device=generator.device).to(
+            images.device
+        )
+        with torch.no_grad(), _untracked(model):
+            logits, other = model(images, decide=Flip(gates), execute="compacted")
+            other_losses = self.criterion(logits, images, labels)
+            price = self.alpha / num_gates
+            spent = ((other.decisions - routing.decisions) * costs).sum(dim=1)
+            change = beta * (other_losses - losses) + price * spent
+        chosen = gates.unsqueeze(1)
+        logit = routing.logits.gather(1, chosen).squeeze(1)
+        decision = routing.decisions.gather(1, chosen).squeeze(1)
+        # The estimate of the sum over all gates from one of them.
+        return num_gates * flip_loss(logit, decision, change)
 
     def _baseline(
         self,
@@ -180,3 +224,17 @@ class Hybrid:
         self.alpha = state["alpha"]
         if self.budget is not None:
             self.budget.load_state_dict(state)
+
+
+@contextmanager
+def _untracked(model: nn.Module) -> Iterator[None]:
+    """Leave running statistics as they are, though batch norms use those of the batch."""
+    norms = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

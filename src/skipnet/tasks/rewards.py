@@ -82,3 +82,19 @@ def others_mean(returns: Tensor) -> Tensor:
 def policy_loss(logits: Tensor, decisions: Tensor, advantages: Tensor) -> Tensor:
     """-Mean over images of sum_i log p(g_i | x) (r_i - b_i): its gradient is REINFORCE's."""
     return -(log_probability(logits, decisions) * advantages).sum(dim=1).mean()
+
+
+def flip_loss(logits: Tensor, decisions: Tensor, changes: Tensor) -> Tensor:
+    """Loss of decisions whose alternative is known: classification weighted by what is at stake.
+
+    Cross-entropy with the better of the two decisions, times how much better it is. Where it is
+    least, a logit's sign is that of the mean advantage of executing among images that look alike.
+
+    Args:
+        logits: Logit of executing of one gate an image, [batch].
+        decisions: What it decided, 0 or 1, [batch].
+        changes: How much larger the image's price (loss and computation) is the other way, [batch].
+    """
+    better = torch.where(changes > 0, decisions, 1 - decisions)
+    losses = functional.binary_cross_entropy_with_logits(logits, better, reduction="none")
+    return (changes.abs() * losses).mean()

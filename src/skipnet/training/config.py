@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from skipnet.data.sources import DataConfig
 from skipnet.errors import UserError
 from skipnet.routing.gates import INITIAL_KEEP, GateName
-from skipnet.tasks.hybrid import BaselineName, StatisticsName
+from skipnet.tasks.hybrid import BaselineName, EstimatorName, StatisticsName
 from skipnet.tasks.rewards import CostName
 from skipnet.tasks.supervised import DecideName
 
@@ -190,6 +190,9 @@ class HybridConfig(RoutedConfig):
     """Factor on the REINFORCE term: 1 in the equations, 0.01 in the released code."""
     supervised_weight: float = 1.0
     """Factor on the gradient of the prediction loss itself; 0 is the paper's pure RL."""
+    estimator: EstimatorName = "reinforce"
+    """How gates learn: reinforce (the paper's: all decisions are sampled), or flip (decisions are
+    those of inference; what one gate an image would have changed is tried)."""
     baseline: BaselineName = "batch-mean"
     """What reduces the estimator's variance; none is the paper's."""
     samples: int = 1

@@ -396,6 +396,7 @@ def _task(
         entropy_bonus=stage.entropy_bonus,
         diversity=stage.diversity,
         costs=stage.costs,
+        estimator=stage.estimator,
         supervised_weight=stage.supervised_weight,
         statistics=stage.statistics,
         criterion=criterion,
