@@ -140,7 +140,7 @@ def run_study(
         results = collect(study, children)
     if results["runs"]:
         console.print(results_table(results))
-        console.print(f"Results: {path / 'results.json'}", soft_wrap=True)
+        console.print(f"Results: {path / 'results.json'}", soft_wrap=True, markup=False)
         _draw(console, results, path, draw)
     again = f"skipnet {kind} --resume {shlex.quote(str(path))}"
     if outcome.stopped:
@@ -186,9 +186,10 @@ def _draw(
     try:
         files = draw(results, path)
     except UserError as error:  # A plot is worth no failure: everything is in results.json.
-        console.print(f"No plot: {error}; then run the same command again", soft_wrap=True)
+        text = f"No plot: {error}; then run the same command again"
+        console.print(text, soft_wrap=True, markup=False)
         return
-    console.print(f"Plots: {', '.join(map(str, files))}", soft_wrap=True)
+    console.print(f"Plots: {', '.join(map(str, files))}", soft_wrap=True, markup=False)
 
 
 def _report(path: Path, failures: Sequence[Failure]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from skipnet.studies.study import Child, Study, write_json
@@ -102,34 +103,27 @@ def results_table(results: Results) -> Table:
     seeds = results["settings"]["seeds"]
     table = Table(
         title=f"{results['recipe']}: {model['name']}, gate {model['gate']}, "
-        f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"
+        f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}",
+        box=box.SIMPLE,
     )
     table.add_column("", no_wrap=True)
-    for title in ("accuracy", "of dense", "sampled", "of dense", "blocks run", "MACs", "time"):
+    for title in ("accuracy", "of dense", "sampled", "of dense", "MACs", "by input", "time"):
         table.add_column(title, justify="right")
-    table.add_column("by input", justify="right")
-    if len(seeds) > 1:
-        table.add_column("runs", justify="right")
     for label, runs in by_label(results["runs"]).items():
         hard = [run["evaluation"] for run in runs]
         sampled = [run["sampled"] for run in runs if run["sampled"] is not None]
-        cells = [
-            label,
+        gates = len(hard[0]["keep_rates"])
+        by_input = f"{statistics.mean(e['gates_by_input'] for e in hard):.3g} of {gates}"
+        table.add_row(
+            label if len(runs) == len(seeds) else f"{label} ({len(runs)} of {len(seeds)})",
             _percent([e["accuracy"] for e in hard], 2),
             _percent([100 * e["macs_fraction"] for e in hard]),
             _percent([e["accuracy"] for e in sampled], 2),
             _percent([100 * e["macs_fraction"] for e in sampled]),
-            _percent([100 * e["blocks_fraction"] for e in hard]),
             f"{statistics.mean(e['macs'] for e in hard) / 1e6:.1f}M",
+            by_input if gates else "",
             _duration(statistics.mean(run["seconds"] for run in runs)),
-        ]
-        gates = len(hard[0]["keep_rates"])
-        cells.append(
-            f"{statistics.mean(e['gates_by_input'] for e in hard):.3g} of {gates}" if gates else ""
         )
-        if len(seeds) > 1:
-            cells.append(str(len(runs)))
-        table.add_row(*cells)
     return table
 
 

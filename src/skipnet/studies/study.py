@@ -213,6 +213,11 @@ def study_of(path: Path, kind: str, config: TrainConfig, settings: Settings) -> 
         )
     there = Study.read(path)
     there.demand_same(kind, config)
+    for one, other in (("targets", "alphas"), ("alphas", "targets")):
+        if there.settings.get(one) and settings.get(other):
+            raise UserError(
+                f"{path} was started with {one}, not {other}: name another directory with --output"
+            )
     joined = {name: _join(there.settings.get(name), value) for name, value in settings.items()}
     return dataclasses.replace(there, settings=joined)
 

@@ -64,7 +64,7 @@ class View:
 
     def say(self, text: str) -> None:
         """Print a line above the bars."""
-        self._progress.console.print(text, soft_wrap=True, highlight=False)
+        self._progress.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
     def begun(self, child: Child) -> None:
         """Show a run that begins or goes on."""

@@ -1,0 +1,65 @@
+"""A sweep that trains for real, is killed, and ends as if nothing had been."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from harness import Command, assert_same_weights, flags, metrics, run_command, tiny_config
+
+from skipnet.studies.children import TRAIN
+
+
+def pid_of(run: Path) -> int | None:
+    """The process that trains in a run directory, given as the sweep names it."""
+    for entry in Path("/proc").iterdir():
+        try:
+            words = (entry / "cmdline").read_bytes().decode().split("\0")
+        except (OSError, NotADirectoryError):
+            continue
+        if words[: len(TRAIN) + 1] == [*TRAIN, str(run)]:
+            return int(entry.name)
+    return None
+
+
+@pytest.mark.slow
+def test_points_are_those_of_runs_of_their_own(tmp_path: Path) -> None:
+    """Bit for bit what `skipnet train` gives for stages sp and hrl, though a run was killed."""
+    config = tiny_config(evaluate_every=None)
+    config.model.name = "cifar_resnet20"  # Runs are processes of their own, which know no others.
+    config.hrl.iterations = 40
+    config.sp.iterations = 10
+    words = ["digits", *flags(config)]
+    alone = [*words, "--stages", "sp", "hrl", "--hrl.target-compute", "0.7", "--output", "alone"]
+    run_command("train", *alone, folder=tmp_path)
+
+    points = ["--targets", "0.5,0.7", "--no-dense", "--output", "s"]
+    command = Command(["sweep", *words, *points], tmp_path)
+    target = tmp_path / "s" / "seed0" / "target-0.7"
+    end = time.monotonic() + 240
+    while not (target / "checkpoint.safetensors").exists():
+        assert command.process.is_alive() and time.monotonic() < end, command.stderr
+        time.sleep(0.01)
+    number = pid_of(Path("s/seed0/target-0.7"))
+    assert number is not None
+    os.kill(number, signal.SIGKILL)
+    assert command.wait() == 2
+    assert "seed0/target-0.7 ended with exit code -9" in command.stderr
+    assert not (target / "hrl.safetensors").exists()
+
+    again = Command(["sweep", "--resume", "s"], tmp_path)
+    assert again.wait() == 0, again.stderr
+    for stage, name in (("sp", "sp"), ("hrl", "target-0.7")):
+        run = tmp_path / "s" / "seed0" / name
+        file = f"{stage}.safetensors"
+        assert_same_weights(run / file, tmp_path / "alone" / file)
+        expected = [line for line in metrics(tmp_path / "alone") if line["stage"] == stage]
+        assert metrics(run) == expected
+    results = json.loads((tmp_path / "s" / "results.json").read_text())
+    assert results["missing"] == [] and len(results["runs"]) == 3
+    assert all(run["environment"]["versions"]["torch"] for run in results["runs"])
+    path = results["runs"][-1]["path"]
+    assert path["step"] == [4 * (index + 1) for index in range(10)]
+    assert len(path["macs_thresholded"]) == 10
