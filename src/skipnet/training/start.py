@@ -14,7 +14,7 @@ from skipnet.training.run import RunDirectory
 _PREDECESSORS: dict[StageName, tuple[StageName, ...]] = {
     "dense": ("dense",),
     "sp": ("dense", "sp"),
-    "hrl": ("sp", "hrl"),
+    "hrl": ("sp", "hrl", "dense"),
 }
 # Two ways to sum up the same pixels differ by less than this; a grey level is 0.004.
 _SAME_STATISTICS = 1e-3
@@ -25,7 +25,7 @@ def locate_start(start: Path, stage: StageName) -> Path:
 
     Args:
         start: A model file, or a run directory, of which dense starts from the dense network, sp
-            from the dense network or else sp, and hrl from sp or else hrl.
+            from the dense network or else sp, and hrl from sp, else hrl, else the dense network.
         stage: The stage to start.
 
     Raises:
