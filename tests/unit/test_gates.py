@@ -251,3 +251,11 @@ def test_set_keep_is_the_initial_keep(kind: str) -> None:
     changed.set_keep_(0.3)
     for (name, one), other in zip(fresh.named_parameters(), changed.parameters(), strict=True):
         assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_shift_adds_to_every_logit(kind: str) -> None:
+    gate, maps = perturbed(GATES[kind](CHANNELS)), feature_maps((4, 4))
+    before = logits_of(gate, maps)
+    gate.shift_logits_(-0.75)
+    torch.testing.assert_close(logits_of(gate, maps), before - 0.75, rtol=0, atol=1e-12)

@@ -52,6 +52,10 @@ class Gate(nn.Module):
         """
         raise NotImplementedError
 
+    def shift_logits_(self, amount: float) -> None:
+        """Add `amount` to every logit, in place: more blocks run, or fewer."""
+        raise NotImplementedError
+
     def set_keep_(self, keep: float) -> None:
         """Set the bias of every logit, in place, to that of this probability of execution.
 
@@ -94,6 +98,10 @@ class RNNGate(Gate):
         with torch.no_grad():
             self.project.weight.mul_(factor)
             self.project.bias.mul_(factor)
+
+    def shift_logits_(self, amount: float) -> None:
+        with torch.no_grad():
+            self.project.bias.add_(amount)
 
     def set_keep_(self, keep: float) -> None:
         nn.init.constant_(self.project.bias, _logit(keep))
@@ -144,6 +152,12 @@ class _FFGate(Gate):
                 assert isinstance(unit, _FFGateUnit)
                 unit.linear.weight.mul_(factor)
                 unit.linear.bias.mul_(factor)
+
+    def shift_logits_(self, amount: float) -> None:
+        with torch.no_grad():
+            for unit in self.units:
+                assert isinstance(unit, _FFGateUnit)
+                unit.linear.bias.add_(torch.tensor([-amount / 2, amount / 2]).to(unit.linear.bias))
 
     def set_keep_(self, keep: float) -> None:
         half = _logit(keep) / 2
@@ -206,6 +220,10 @@ class StaticGate(Gate):
     def scale_logits_(self, factor: float) -> None:
         with torch.no_grad():
             self.logits.mul_(factor)
+
+    def shift_logits_(self, amount: float) -> None:
+        with torch.no_grad():
+            self.logits.add_(amount)
 
     def set_keep_(self, keep: float) -> None:
         nn.init.constant_(self.logits, _logit(keep))

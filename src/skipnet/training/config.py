@@ -142,6 +142,9 @@ class RoutedConfig(StageConfig):
     """Integral gain of the drive: alpha a step and unit of error."""
     alpha_damping: float = 3.0
     """Proportional gain of the drive: alpha a unit of error."""
+    land: bool = True
+    """When the stage ends, shift all gates' logits by one number so that the computation on
+    training images meets target_compute."""
     costs: CostName = "uniform"
     """C_i: uniform (the paper's 1), or macs (each block's multiply-adds over their mean)."""
     diversity: float = 0.0

@@ -37,9 +37,9 @@ from skipnet.training.config import (
     SupervisedConfig,
     TrainConfig,
 )
+from skipnet.training.finish import land, recalibrate
 from skipnet.training.loop import StopRequest, fit, resume_command
 from skipnet.training.progress import Progress
-from skipnet.training.recalibrate import recalibrate
 from skipnet.training.run import RunDirectory
 from skipnet.training.start import load_start, locate_start, start_weights
 
@@ -240,6 +240,10 @@ def _run_stage(
     if config.recalibrate and trained.num_gates:
         steps = range(min(config.recalibrate, loader.steps_per_epoch))
         recalibrate(trained, (_layout(loader.batch(step)[0], config) for step in steps))
+    if isinstance(stage, RoutedConfig) and stage.target_compute is not None and stage.land:
+        steps = range(min(-(-LANDING_IMAGES // stage.batch_size), loader.steps_per_epoch))
+        batches = [_layout(loader.batch(step)[0], config) for step in steps]
+        land(trained, batches, stage.target_compute)
     result = measure(trained)
     progress.finished(name, result, seconds)
     results: dict[str, Any] = {"evaluation": result.to_dict(), "seconds": seconds}
@@ -464,6 +468,9 @@ def _fabric(config: TrainConfig) -> "Fabric":
     fabric.launch()
     return fabric
 
+
+LANDING_IMAGES = 2048
+"""On so many training images the computation is made to meet its target."""
 
 CERTAIN = 8.0
 """Logit of a static gate that is not to change its mind."""

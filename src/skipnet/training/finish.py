@@ -1,0 +1,85 @@
+"""What is adjusted when a stage ends: statistics of batch norms, and the gates' threshold."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from skipnet.routing.network import SkipNet
+
+_FARTHEST = 8.0
+_HALVINGS = 12
+CLOSE = 0.002
+"""A computation this near the target is left alone."""
+
+
+def recalibrate(network: SkipNet, batches: Iterable[Tensor]) -> None:
+    """Replace the running statistics of every batch norm by the mean over some batches.
+
+    In training the gates of a network sample, or change while the statistics are averaged; here
+    they decide as at inference, and a block's batch norms see the rows that run it. Statistics of a
+    block that no row runs stay as they were. The network ends in evaluation mode.
+
+    Args:
+        network: Changed in place.
+        batches: Normalised images, [batch, channels, height, width], on the network's device.
+    """
+    network.eval()
+    norms = [layer for layer in network.modules() if isinstance(layer, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    before = [{name: x.clone() for name, x in norm.named_buffers()} for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # A plain average over the batches.
+        norm.train()
+    with torch.no_grad():
+        for images in batches:
+            network(images, decide="threshold", execute="compacted")
+    for norm, momentum, buffers in zip(norms, momenta, before, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+        assert norm.num_batches_tracked is not None
+        if norm.num_batches_tracked == 0:
+            norm.load_state_dict(buffers, strict=False)
+
+
+def land(network: SkipNet, batches: Sequence[Tensor], target: float) -> float:
+    """Shift the logits of all gates by one number so that the computation meets a target.
+
+    What training was driven to is met only roughly: the drive sees batches in training, and loses
+    its hold as learning rates fall. A gate that is all but constant, too, has logits that differ a
+    little between images, so that a shift opens it for as many as are needed.
+
+    Args:
+        network: Changed in place; it ends in evaluation mode.
+        batches: Normalised images, [batch, channels, height, width], on the network's device.
+        target: Share of the dense multiply-adds.
+
+    Returns:
+        The computation on the batches afterwards, as a share of dense.
+    """
+    network.eval()
+    assert network.gate is not None
+
+    def computation() -> float:
+        total = 0.0
+        with torch.no_grad():
+            for images in batches:
+                _, routing = network(images, decide="threshold", execute="compacted")
+                total += routing.macs_fraction / len(batches)
+        return total
+
+    best, least, shift = 0.0, computation(), 0.0
+    low, high = (-_FARTHEST, 0.0) if least > target else (0.0, _FARTHEST)
+    for _ in range(_HALVINGS):
+        if abs(least - target) <= CLOSE:
+            break
+        middle = (low + high) / 2
+        network.gate.shift_logits_(middle - shift)
+        shift, found = middle, computation()
+        if abs(found - target) < abs(least - target):
+            best, least = shift, found
+        low, high = (low, middle) if found > target else (middle, high)
+    network.gate.shift_logits_(best - shift)
+    return least
