@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from skipnet.execution.rows import gather_rows, scatter_rows
+from skipnet.execution.rows import gather_rows, new_rows, scatter_rows
 
 
 def compacted(
@@ -36,10 +36,7 @@ def compacted(
     active_bypass = active if bypass is features else gather(bypass, rows)
     with _normalisable(block, len(rows) * bypass[0, 0].numel()):
         output = block(active, active_bypass).to(bypass.dtype)
-    if in_place:
-        return scatter_rows(bypass, rows, output)
-    # index_put, not index_copy: the latter turns channels_last into contiguous.
-    return bypass.index_put((rows,), output)
+    return scatter_rows(bypass, rows, output) if in_place else _Scatter.apply(bypass, rows, output)
 
 
 class _Gather(torch.autograd.Function):
@@ -52,14 +49,40 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, features: Tensor, rows: Tensor) -> Tensor:
         ctx.save_for_backward(rows)
         ctx.batch = len(features)
-        return features[rows]
+        return gather_rows(features, rows)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
-        # new_empty would lose channels_last.
-        spread = torch.zeros_like(grad[:1]).expand(ctx.batch, *grad.shape[1:])
-        return spread.index_put((rows,), grad), None
+        return _Spread.apply(grad, rows, ctx.batch), None
+
+
+class _Spread(torch.autograd.Function):
+    """Rows of zeros with `values` in some of them, which are all different."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, rows: Tensor, batch: int) -> Tensor:
+        ctx.save_for_backward(rows)
+        return scatter_rows(new_rows(values, batch).zero_(), rows, values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (rows,) = ctx.saved_tensors
+        return _Gather.apply(grad, rows), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    """A copy of `features` with `values` in some rows, which are all different."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        return scatter_rows(features.clone(), rows, values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+        (rows,) = ctx.saved_tensors
+        return grad.index_fill(0, rows, 0), None, _Gather.apply(grad, rows)
 
 
 @contextmanager

@@ -26,20 +26,27 @@ def masked(block: nn.Module, features: Tensor, bypass: Tensor, g: Tensor) -> Ten
     rows, bypass_rows = flat(output), flat(bypass)
     if rows is None or bypass_rows is None or is_channels_last(output) != is_channels_last(bypass):
         return torch.lerp(bypass, output, weight)
-    return unflat(_Merge.apply(bypass_rows, rows, weight.flatten(1)), output)
+    # Most gates of SP are open for every row of a batch: then there is nothing to merge. To ask a
+    # GPU would be to wait for it, and a compiler cannot.
+    may_ask = g.device.type == "cpu" and not torch.compiler.is_compiling()
+    all_run = may_ask and bool((g == 1).all())
+    return unflat(_Merge.apply(bypass_rows, rows, weight.flatten(1), all_run), output)
 
 
 class _Merge(torch.autograd.Function):
     """`torch.lerp` of rows, exact where g is 0 or 1, with fewer passes over memory backwards."""
 
     @staticmethod
-    def forward(ctx: Any, bypass: Tensor, output: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, bypass: Tensor, output: Tensor, weight: Tensor, all_run: bool) -> Tensor:
         ctx.save_for_backward(bypass, output, weight)
-        return torch.lerp(bypass, output, weight)
+        ctx.all_run = all_run
+        return output.view_as(output) if all_run else torch.lerp(bypass, output, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
         bypass, output, weight = ctx.saved_tensors
-        to_output = grad * weight
         to_weight = (output - bypass).mul_(grad).sum(1, keepdim=True)
-        return grad - to_output, to_output, to_weight
+        if ctx.all_run:
+            return None, grad, to_weight, None
+        to_output = grad * weight
+        return grad - to_output, to_output, to_weight, None

@@ -34,6 +34,14 @@ def scatter_rows(features: Tensor, rows: Tensor, values: Tensor) -> Tensor:
     return features
 
 
+def new_rows(like: Tensor, number: int) -> Tensor:
+    """Return `number` rows of unset numbers, of the shape and layout of those of `like`."""
+    layout = torch.channels_last if is_channels_last(like) else torch.contiguous_format
+    return torch.empty(
+        number, *like.shape[1:], dtype=like.dtype, device=like.device, memory_format=layout
+    )
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Whether `flat` views a tensor with the channels last."""
     return not x.is_contiguous() and x.ndim == 4
