@@ -26,7 +26,8 @@ from torch import Tensor
 import skipnet
 from skipnet import SkipNet, UserError
 from skipnet.files import write_atomically
-from skipnet.tasks.hybrid import Budget, Hybrid
+from skipnet.tasks.budget import Budget
+from skipnet.tasks.hybrid import Hybrid
 from skipnet.tasks.supervised import Supervised
 from skipnet.tasks.task import Task
 from skipnet.training.config import OptimizerConfig
@@ -235,8 +236,8 @@ def summary(case: dict[str, Any]) -> str:
     parts = [f"{case['model']}, {case['threads']} thread(s), keep {case['keep_rate']:.3f}:"]
     for row in case["stages"]:
         parts.append(
-            f"{row['stage']} {1e3 * row['median_s']:.0f} ms ({row['ratio_to_dense']:.3f}, of CPU time "
-            f"{row['cpu_ratio_to_dense']:.3f})"
+            f"{row['stage']} {1e3 * row['median_s']:.0f} ms ({row['ratio_to_dense']:.3f}, "
+            f"of CPU time {row['cpu_ratio_to_dense']:.3f})"
         )
     return "  ".join(parts)
 

@@ -101,7 +101,8 @@ class RNNGate(Gate):
 
 def _average(features: Tensor) -> Tensor:
     """Global average pool, [batch, channels]."""
-    if features.requires_grad and torch.is_grad_enabled():
+    in_training = features.requires_grad and torch.is_grad_enabled()
+    if in_training and not torch.compiler.is_compiling():  # A compiler does as much by itself.
         return _Average.apply(features)
     return features.mean(dim=(2, 3))
 
