@@ -1,4 +1,4 @@
-"""Compiled training: the same losses, files without a trace of the compiler, and the same resume."""
+"""Compiled training: the same losses, no trace of the compiler in files, the same resume."""
 
 import os
 import shutil

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from skipnet.analysis.evaluate import Evaluation
@@ -99,7 +99,9 @@ def fit(
         network.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(network, stage.optimizer)
     # A wrapper around the same weights: evaluation and checkpoints see the network itself.
-    module = _compile(network, fabric, stage) if compiled else network
+    module: nn.Module = network
+    if compiled:
+        module = compile_network(network, fabric.device, accumulate=stage.accumulate)
     model, fabric_optimizer = fabric.setup(module, optimizer)
     average = None
     if stage.ema_decay is not None:  # After the set-up, which makes all ranks' weights the same.
@@ -216,10 +218,16 @@ def fit(
     return _trained(network, average), before + time.monotonic() - began
 
 
-def _compile(network: SkipNet, fabric: "Fabric", stage: StageConfig) -> Any:
-    """Compile for batches of one size; on a GPU a step becomes CUDA graphs, without launches."""
+def compile_network(network: SkipNet, device: torch.device, *, accumulate: int = 1) -> Any:
+    """Compile for training on batches of one size; on a GPU a step becomes CUDA graphs.
+
+    Args:
+        network: Which stays as it is, and shares its weights with what returns.
+        device: Where it will run.
+        accumulate: Micro-batches a step.
+    """
     # Graphs keep gradients in memory that the next replay overwrites: they cannot be accumulated.
-    graphs = fabric.device.type == "cuda" and stage.accumulate == 1
+    graphs = device.type == "cuda" and accumulate == 1
     return torch.compile(network, dynamic=False, mode="reduce-overhead" if graphs else "default")
 
 
