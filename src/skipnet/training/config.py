@@ -274,9 +274,8 @@ class TrainConfig:
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """auto, cpu or cuda."""
     compile: bool = False
-    """torch.compile for the dense and the SP stage, with CUDA graphs on a GPU, where small blocks
-    wait for their launches. Takes a minute or more to start. Not for HRL: which rows run is known
-    only in the midst of a step."""
+    """torch.compile for the dense and SP stages, with CUDA graphs on a GPU, where small blocks wait
+    for their launches. A minute or more to start; no gain on a CPU; no effect on HRL."""
     log_every: int = 50
     """Steps between two lines of metrics.jsonl."""
     evaluate_every: float | None = 1.0
