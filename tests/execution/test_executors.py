@@ -14,8 +14,9 @@ from torch.nn import functional
 
 import skipnet
 from skipnet import Fixed, Random, Sample, SkipNet, StraightThrough
-from skipnet.execution.compacted import _Gather, compacted, gather_rows, scatter_rows
+from skipnet.execution.compacted import _Gather, _Scatter, compacted
 from skipnet.execution.masked import masked
+from skipnet.execution.rows import gather_rows, scatter_rows
 
 GATES = ("rnn", "ff1", "ff2")
 EXECUTORS = ("masked", "compacted")
@@ -428,6 +429,48 @@ def test_gather_is_indexing_with_its_gradient_and_the_gradient_of_that() -> None
 
         assert torch.autograd.gradcheck(gather, (features,))
         assert torch.autograd.gradgradcheck(gather, (features,))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_scatter_is_writing_with_its_gradient(layout: torch.memory_format) -> None:
+    like = {"dtype": torch.float64, "requires_grad": True}
+    features = torch.randn(5, 2, 3, 2, **like).to(memory_format=layout)
+    for rows in ([0], [4, 1], [0, 1, 2, 3, 4]):
+        index = torch.tensor(rows)
+        values = torch.randn(len(rows), 2, 3, 2, **like).to(memory_format=layout)
+
+        def scatter(x: Tensor, y: Tensor, index: Tensor = index) -> Tensor:
+            return _Scatter.apply(x, index, y).square()
+
+        expected = features.detach().clone()
+        expected[index] = values.detach()
+        assert torch.equal(_Scatter.apply(features, index, values), expected)
+        assert torch.autograd.gradcheck(scatter, (features, values))
+        assert torch.autograd.gradgradcheck(scatter, (features, values))
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.3]])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_merge_has_the_gradient_of_its_formula(
+    layout: torch.memory_format, weights: list[float]
+) -> None:
+    """Also where every row runs, which is merged without a pass over memory."""
+    features = torch.randn(3, 2, 2, 3, dtype=torch.float64).to(memory_format=layout)
+    g = torch.tensor(weights, dtype=torch.float64)
+    inputs = (features.requires_grad_(), g.requires_grad_())
+
+    def merge(x: Tensor, g: Tensor) -> Tensor:
+        return masked(lambda x, shortcut: torch.tanh(x) + shortcut, x, x, g)  # type: ignore[arg-type]
+
+    def formula(x: Tensor, g: Tensor) -> Tensor:
+        g = g.view(-1, 1, 1, 1)
+        return g * (torch.tanh(x) + x) + (1 - g) * x
+
+    torch.testing.assert_close(merge(*inputs), formula(*inputs))
+    upstream = torch.randn(3, 2, 2, 3, dtype=torch.float64)
+    ours = torch.autograd.grad(merge(*inputs), inputs, upstream)
+    theirs = torch.autograd.grad(formula(*inputs), inputs, upstream)
+    torch.testing.assert_close(ours, theirs)
 
 
 class TinyBlock(nn.Module):

@@ -148,3 +148,26 @@ def test_sub_seeds_are_distinct_and_fixed() -> None:
     seeds = [sub_seed(seed, tag, i) for seed in range(4) for tag in (0, 1) for i in range(50)]
     assert len(set(seeds)) == len(seeds)
     assert sub_seed(3, 1, 2) == int(np.random.SeedSequence((3, 1, 2)).generate_state(1, "u8")[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_never_wait_for_the_gpu() -> None:
+    images = torch.zeros(64, 3, 8, 8, dtype=torch.uint8)
+    labels = torch.zeros(64, dtype=torch.int64)
+    loader = TrainLoader(
+        ImageSet(images, labels, ("one",)).to("cuda"),
+        batch_size=8,
+        seed=0,
+        padding=2,
+        flip=True,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+    )
+    loader.batch(0)  # The order of an epoch is copied once.
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(1, 8):
+            loader.batch(step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -51,5 +51,5 @@ class Cost(NamedTuple):
         if not isinstance(decisions, np.ndarray):
             import torch  # Not at the top: the engine does without.
 
-            gated = torch.from_numpy(gated).to(decisions.device)
+            gated = torch.from_numpy(gated).to(decisions.device, non_blocking=True)
         return ((decisions > 0) * gated).sum(1) + self.always

@@ -132,7 +132,7 @@ class Hybrid:
             raise UserError("HRL trains gates, and this network has none: create it with gate=…")
 
         losses = self.criterion(logits, images, labels)
-        costs = block_costs(routing.cost, self.costs).to(losses)
+        costs = block_costs(routing.cost, self.costs).to(losses, non_blocking=True)
         alpha = self.alpha
         beta = alpha / len(costs) if self.beta is None else self.beta
         if self.estimator == "flip":

@@ -66,7 +66,7 @@ class Supervised:
             "accuracy": (logits.argmax(dim=1) == labels).float().mean(),
         }
         if routing.decisions.shape[1]:
-            costs = block_costs(routing.cost, self.costs).to(loss)
+            costs = block_costs(routing.cost, self.costs).to(loss, non_blocking=True)
             told = information(routing.logits).mean()
             # Not added where they are nothing: a gradient of 0 would let weight decay at the gates.
             if self.alpha and routing.decisions.requires_grad:

@@ -276,6 +276,9 @@ class TrainConfig:
     """Memory layout of images and weights: faster on CPUs and on GPUs with tensor cores."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """auto, cpu or cuda."""
+    compile: bool = False
+    """torch.compile for the dense and SP stages, with CUDA graphs on a GPU, where small blocks
+    are bound by launches. A minute or more to start; no gain on a CPU; no effect on HRL."""
     log_every: int = 50
     """Steps between two lines of metrics.jsonl."""
     evaluate_every: float | None = 1.0

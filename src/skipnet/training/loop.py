@@ -11,7 +11,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from skipnet.analysis.evaluate import Evaluation
@@ -69,6 +69,7 @@ def fit(
     evaluate: Callable[[SkipNet], Evaluation],
     progress: Progress,
     stop: StopRequest,
+    compiled: bool = False,
 ) -> tuple[SkipNet, float]:
     """Train a network for one stage, from its checkpoint if there is one.
 
@@ -84,6 +85,7 @@ def fit(
         evaluate: Evaluates a network on the test set.
         progress: Shows the live line.
         stop: Whether to stop early.
+        compiled: Whether to compile the network for the training steps, which must all be alike.
 
     Returns:
         The network to use (the moving average of the weights if there is one, else `network`), and
@@ -96,7 +98,11 @@ def fit(
     if config.channels_last:
         network.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(network, stage.optimizer)
-    model, fabric_optimizer = fabric.setup(network, optimizer)
+    # A wrapper around the same weights: evaluation and checkpoints see the network itself.
+    module: nn.Module = network
+    if compiled:
+        module = compile_network(network, fabric.device, accumulate=stage.accumulate)
+    model, fabric_optimizer = fabric.setup(module, optimizer)
     average = None
     if stage.ema_decay is not None:  # After the set-up, which makes all ranks' weights the same.
         average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(stage.ema_decay))
@@ -210,6 +216,19 @@ def fit(
             )
     progress.stop()
     return _trained(network, average), before + time.monotonic() - began
+
+
+def compile_network(network: SkipNet, device: torch.device, *, accumulate: int = 1) -> Any:
+    """Compile for training on batches of one size; on a GPU a step becomes CUDA graphs.
+
+    Args:
+        network: Which stays as it is, and shares its weights with what returns.
+        device: Where it will run.
+        accumulate: Micro-batches a step.
+    """
+    # Graphs keep gradients in memory that the next replay overwrites: they cannot be accumulated.
+    graphs = device.type == "cuda" and accumulate == 1
+    return torch.compile(network, dynamic=False, mode="reduce-overhead" if graphs else "default")
 
 
 def resume_command(run: RunDirectory) -> str:

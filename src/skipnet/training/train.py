@@ -1,6 +1,7 @@
 """A whole run: data, then each stage in order, then one table."""
 
 import os
+import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -88,6 +89,9 @@ def train(
     training_set, test_set = load(config.data)
     info = network_info(config, training_set)
     teacher = _teacher(config, info, fabric.device)
+    for name in config.stages:
+        if config.compile and not _compilable(config.stage(name), name):
+            warnings.warn(f"compile has no effect on {name}: {_WHY_NOT}", stacklevel=2)
     training_set, test_set = training_set.to(fabric.device), test_set.to(fabric.device)
     # A target out of reach, a batch that is too large, or weights that do not fit are told before a
     # directory is made.
@@ -236,6 +240,7 @@ def _run_stage(
         evaluate=measure,
         progress=progress,
         stop=stop,
+        compiled=config.compile and _compilable(stage, name),
     )
     if config.recalibrate and trained.num_gates:
         steps = range(min(config.recalibrate, loader.steps_per_epoch))
@@ -286,6 +291,16 @@ def _loader(
             f"evenly into {stage.accumulate} micro-batches; change batch_size or accumulate"
         )
     return loader
+
+
+def _compilable(stage: StageConfig, name: StageName) -> bool:
+    """Whether every step of a stage does the same on the same shapes, without random draws."""
+    if name == "dense":
+        return True
+    return isinstance(stage, SupervisedConfig) and stage.decide in ("straight-through", "soft")
+
+
+_WHY_NOT = "it draws decisions, and runs blocks on the rows they choose"
 
 
 def _demand_reachable(stage: StageConfig, cost: Cost) -> None:
