@@ -256,8 +256,8 @@ class TestData:
         def unreachable(*arguments: Any, **options: Any) -> None:
             raise ConnectionError("no route\nto host")
 
-        monkeypatch.setattr("datasets.load_dataset", unreachable)
-        assert "cannot load train of who/what" in fail("who/what")
+        monkeypatch.setattr("datasets.load_dataset_builder", unreachable)
+        assert "cannot reach the Hugging Face hub for train of who/what" in fail("who/what")
 
     def test_evaluation_on_other_classes(
         self, mistake: Mistake, digits_run: Path, cifar_run: Path, data: Path
