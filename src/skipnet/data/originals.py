@@ -248,9 +248,10 @@ def _svhn_rows(file: Path) -> Rows:
         )
     if images.shape[3] != len(labels) or not len(labels):
         raise UserError(f"{file} has {images.shape[3]} images and {len(labels)} labels")
-    if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() > 10:
-        strange = next((x for x in labels.tolist() if x not in range(11)), labels.dtype)
-        raise UserError(f"{file} has label {strange}; the originals have 1 to 10, and 10 means 0")
+    if strange := [label for label in labels.tolist() if label not in range(11)]:
+        raise UserError(
+            f"{file} has label {strange[0]}; the originals have 1 to 10, and 10 means 0"
+        )
     digits = (labels.astype(np.int64) % 10).tolist()
     pixels = np.ascontiguousarray(images.transpose(3, 2, 0, 1))
     return Rows(Pixels(pixels), digits, SVHN_CLASSES, lambda row: f"image {row} of {file}")
