@@ -117,9 +117,7 @@ class DataConfig:
             if self.image_size is None:
                 raise UserError("crop random-resized needs an image_size; set it, to 224 perhaps")
             if self.stream == "never":
-                raise UserError(
-                    "crop random-resized is taken while training: stream cannot be never"
-                )
+                raise UserError("crop random-resized needs streamed images; leave stream at auto")
         if self.padding < 0:
             raise UserError(f"padding is {self.padding}; set it to 0 or more pixels")
         if (self.mean is None) != (self.std is None):

@@ -105,36 +105,25 @@ def stream(images: StreamedSet, plans: Iterable[Plan]) -> Iterator[tuple[Tensor,
         UserError: An image cannot be read (unless such images are skipped) or does not go with the
             others, or a worker was killed, for instance for want of memory.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _signals_held():
         # It advises against more workers than cores; their number is the user's.
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-        loader = DataLoader(
-            _Decoder(images),
-            sampler=plans,
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=images.workers,
-            worker_init_fn=_stand_apart if images.workers else None,
-            # The set is shared, not copied; and nothing is imported again.
-            multiprocessing_context="fork" if images.workers else None,
-            pin_memory=images.device.type == "cuda",
-            generator=torch.Generator(),  # Its own, or it would draw from everybody's.
+        batches = iter(
+            DataLoader(
+                _Decoder(images),
+                sampler=plans,
+                batch_size=None,
+                collate_fn=_as_it_is,
+                num_workers=images.workers,
+                worker_init_fn=_stand_apart if images.workers else None,
+                # The set is shared, not copied; and nothing is imported again.
+                multiprocessing_context="fork" if images.workers else None,
+                pin_memory=images.device.type == "cuda",
+                generator=torch.Generator(),  # Its own, or it would draw from everybody's.
+            )
         )
-    with _signals_held():
-        batches = iter(loader)
     try:
-        while True:
-            try:
-                decoded: Decoded = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise UserError(
-                    "a process that decodes images has died, perhaps for want of memory "
-                    f"({' '.join(str(error).split())[:200]}); try fewer data.workers, or 0"
-                ) from error
+        while (decoded := _next(batches)) is not None:
             if decoded.error is not None:
                 raise UserError(decoded.error)
             _report(images, decoded.bad)
@@ -144,6 +133,21 @@ def stream(images: StreamedSet, plans: Iterable[Plan]) -> Iterator[tuple[Tensor,
             )
     finally:
         del batches  # Its end is the workers' end.
+
+
+def _next(batches: Iterator[Decoded]) -> Decoded | None:
+    """The next batch, None at the end; the death of a worker becomes a UserError."""
+    try:
+        return next(batches, None)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reported = " ".join(str(error).split())[:200]
+    # Outside of the except clause, or the error would keep the other workers alive.
+    raise UserError(
+        f"a process that decodes images has died, perhaps for want of memory ({reported}); try "
+        "fewer data.workers, or 0"
+    )
 
 
 class _PlansFrom:
