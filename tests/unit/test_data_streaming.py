@@ -212,8 +212,15 @@ def test_skipped_in_evaluation_it_is_left_out(workers: int) -> None:
         assert len(list(eval_batches(images, batch_size=4, mean=MEAN, std=STD))) == 2
 
 
+def test_taken_without_those_that_cannot_be_read() -> None:
+    images = with_bad(2, on_bad_image="skip")
+    assert torch.equal(images.take(torch.tensor([2, 3])), images.take(torch.tensor([3])))
+
+
 def test_none_can_be_read() -> None:
     images = with_bad(*range(12), on_bad_image="skip")
+    with pytest.raises(UserError, match="none of 2 images can be read; the first is row 7"):
+        images.take(torch.tensor([7, 8]))
     with pytest.raises(UserError, match="none of the 12 images can be read"):
         loader(images).batch(0)
 

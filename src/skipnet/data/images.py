@@ -117,10 +117,24 @@ class StreamedSet:
         """Decodes the images of some rows, as for testing: uint8 [n, C, H, W] on their device.
 
         Raises:
-            UserError: One cannot be read, or has another size.
+            UserError: One cannot be read, or has another size. With on_bad_image "skip", those that
+                cannot be read are left out, unless none can.
         """
-        decoded = np.stack([self._decode_or_raise(row) for row in rows.tolist()])
-        return torch.from_numpy(decoded).to(self.device)
+        decoded = []
+        for row in rows.tolist():
+            try:
+                decoded.append(self.decode(row))
+            except UserError:
+                raise
+            except Exception as error:  # Pillow's plugins raise nearly every type on broken files
+                if self.on_bad_image == "stop":
+                    raise bad_image(self.rows.where(row), reason(error)) from error
+        if not decoded:
+            raise UserError(
+                f"none of {len(rows)} images can be read; the first is "
+                f"{self.rows.where(int(rows[0]))}"
+            )
+        return torch.from_numpy(np.stack(decoded)).to(self.device)
 
     def decode(self, row: int, seed: int | None = None) -> np.ndarray:
         """Decodes one image.
@@ -154,14 +168,6 @@ class StreamedSet:
             assert self.image_size is not None
             return centre_crop(self.resize, self.image_size)
         return None
-
-    def _decode_or_raise(self, row: int) -> np.ndarray:
-        try:
-            return self.decode(row)
-        except UserError:
-            raise
-        except Exception as error:
-            raise bad_image(self.rows.where(row), reason(error)) from error
 
 
 Images = ImageSet | StreamedSet
