@@ -216,7 +216,7 @@ def test_signal_to_the_whole_group(data: Path, tmp_path: Path, number: int) -> N
     config.recipe, config.stages, config.model.name = "digits", ("sp",), "cifar_resnet20"
     config.sp.iterations = 100_000
     words = ["train", "digits", *flags(config), "--output", str(tmp_path / "run")]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "skipnet.cli", *words],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
@@ -224,18 +224,18 @@ def test_signal_to_the_whole_group(data: Path, tmp_path: Path, number: int) -> N
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 200
-        while not (tmp_path / "run" / "checkpoint.safetensors").exists():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.1)
-        pids = pids_in(Path(f"/proc/{process.pid}/task/{process.pid}/children"))
-        os.killpg(process.pid, number)
-        _, errors = process.communicate(timeout=100)
-    finally:
-        if process.poll() is None:
-            process.kill()
+    ) as process:
+        try:
+            deadline = time.monotonic() + 200
+            while not (tmp_path / "run" / "checkpoint.safetensors").exists():
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.1)
+            pids = pids_in(Path(f"/proc/{process.pid}/task/{process.pid}/children"))
+            os.killpg(process.pid, number)
+            _, errors = process.communicate(timeout=100)
+        finally:
+            if process.poll() is None:
+                process.kill()
     assert process.returncode == 130
     assert errors.startswith("skipnet: stopped in stage sp at step ")
     assert errors.count("\n") == 1
