@@ -44,8 +44,7 @@ class DataConfig:
     """Which images to learn from, and how they are prepared."""
 
     name: str = "digits"
-    """digits, a Hugging Face hub name (uoft-cs/cifar10), a folder of parquet files or images, or of
-    the original files of CIFAR or SVHN."""
+    """digits, a hub name (uoft-cs/cifar10), or a folder of parquet files, images or originals."""
     subset: str | None = None
     """Which of the configurations of a hub data set that has several (cropped_digits)."""
     train_split: str = "train"
