@@ -9,8 +9,8 @@ from skipnet.errors import extras_named as _extras_named
 if TYPE_CHECKING:
     from skipnet.analysis.evaluate import Evaluation as Evaluation
     from skipnet.analysis.evaluate import evaluate as evaluate
+    from skipnet.data.images import ImageSet as ImageSet
     from skipnet.data.sources import DataConfig as DataConfig
-    from skipnet.data.sources import ImageSet as ImageSet
     from skipnet.errors import Interrupted as Interrupted
     from skipnet.errors import UserError as UserError
     from skipnet.execution.export import export as export
@@ -46,7 +46,8 @@ __version__ = importlib.metadata.version("skipnet")
 # starts without torch.
 _HOMES = {
     "analysis.evaluate": ("Evaluation", "evaluate"),
-    "data.sources": ("DataConfig", "ImageSet"),
+    "data.images": ("ImageSet",),
+    "data.sources": ("DataConfig",),
     "errors": ("Interrupted", "UserError"),
     "execution.export": ("export",),
     "execution.session": ("InferenceSession",),

@@ -4,7 +4,7 @@ import numpy as np
 
 from skipnet.errors import UserError
 
-ORDER, AUGMENTATION, DECISIONS, WEIGHTS, RANK, EVALUATION = range(6)
+ORDER, AUGMENTATION, DECISIONS, WEIGHTS, RANK, EVALUATION, CROP = range(7)
 """Tags of `sub_seed`: what the random numbers are for."""
 
 

@@ -88,8 +88,8 @@ class TestNames:
         assert "cifar10-resnet38-rnn" in message and "digits" not in message
 
     def test_no_recipe(self, mistake: Mistake) -> None:
-        assert "train needs a recipe (digits, " in mistake("train", "--seed", "1")
-        assert "train needs a recipe (digits, " in mistake("train", "--resume")
+        assert "train needs a recipe (digits, for instance)" in mistake("train", "--seed", "1")
+        assert "train needs a recipe (digits, for instance)" in mistake("train", "--resume")
 
     def test_model_to_train(self, mistake: Mistake, tmp_path: Path) -> None:
         """No directory is left behind, in whose way the next try would be."""
@@ -256,8 +256,8 @@ class TestData:
         def unreachable(*arguments: Any, **options: Any) -> None:
             raise ConnectionError("no route\nto host")
 
-        monkeypatch.setattr("datasets.load_dataset", unreachable)
-        assert "cannot load train of who/what" in fail("who/what")
+        monkeypatch.setattr("datasets.load_dataset_builder", unreachable)
+        assert "cannot reach the Hugging Face hub for train of who/what" in fail("who/what")
 
     def test_evaluation_on_other_classes(
         self, mistake: Mistake, digits_run: Path, cifar_run: Path, data: Path

@@ -408,12 +408,14 @@ class Command:
         folder: Working directory, where its output goes to `stdout` and `stderr`.
         before: Done in the process before the command starts.
         name: What the names of its output files begin with.
+        daemon: Whether it dies with the tests' own process; if so, it can have no workers.
     """
 
     arguments: Sequence[str | Path]
     folder: Path
     before: Sequence[Preparation] = ()
     name: str = ""
+    daemon: bool = True
     process: Any = field(init=False)
 
     def __post_init__(self) -> None:
@@ -421,9 +423,8 @@ class Command:
         words = [str(word) for word in self.arguments]
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
-        self.process = context.Process(
-            target=_command, args=(words, self.folder, self.name, tuple(self.before)), daemon=True
-        )
+        arguments = (words, self.folder, self.name, tuple(self.before))
+        self.process = context.Process(target=_command, args=arguments, daemon=self.daemon)
         self.process.start()
 
     def wait(self, seconds: float = 240) -> int:

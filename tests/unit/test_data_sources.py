@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from skipnet.data.sources import DataConfig, ImageSet, load, load_split, normalization
+from skipnet.data.images import ImageSet
+from skipnet.data.sources import DataConfig, load, load_split, normalization
 from skipnet.errors import UserError
 
 ANIMALS = ("cat", "dog", "emu")
@@ -464,45 +465,6 @@ def test_bad_file_is_named(tmp_path: Path) -> None:
         assert len(load_split(config(tmp_path, on_bad_image="skip"), "train")) == 2
 
 
-# ── the hub ──
-
-
-def test_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    images = pixels(2)
-
-    def load_dataset(name: str, split: str) -> datasets.Dataset:
-        assert (name, split) == ("someone/animals", "valid")
-        return datasets.Dataset.from_dict(
-            {"image": [{"bytes": png(i), "path": None} for i in images], "label": [0, 1]},
-            features=datasets.Features(
-                {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
-            ),
-        )
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    hub = DataConfig(name="someone/animals", test_split="valid")
-    test = load_split(hub, "test")
-    assert torch.equal(test.images, channels_first(images)) and test.classes == ("cat", "dog")
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        ConnectionError("Couldn't reach\nthe hub"),
-        datasets.exceptions.DatasetNotFoundError("gated"),
-        ValueError('Unknown split "test"'),
-    ],
-)
-def test_hub_fails(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def load_dataset(name: str, split: str) -> datasets.Dataset:
-        raise error
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(UserError, match=f"cannot load train of a/b .*{type(error).__name__}") as e:
-        load(DataConfig(name="a/b"))
-    assert "\n" not in str(e.value)
-
-
 # ── configuration, sets, normalisation ──
 
 
@@ -534,8 +496,8 @@ def image_set(num_images: int = 4, **changes: Any) -> ImageSet:
 
 def test_image_set() -> None:
     whole = image_set()
-    assert len(whole) == 4 and len(whole.subset(2)) == 2 and len(whole.subset(9)) == 4
-    assert whole.subset(2).images.data_ptr() == whole.images.data_ptr()
+    assert len(whole) == 4 and whole.shape == (3, 6, 6)
+    assert torch.equal(whole.take(torch.tensor([2, 0])), whole.images[[2, 0]])
 
 
 @pytest.mark.parametrize("label", [3, -1])

@@ -3,15 +3,17 @@
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from skipnet.data.augment import normalize
+from skipnet.data.images import Images
 from skipnet.data.loaders import eval_batches
-from skipnet.data.sources import ImageSet
+from skipnet.errors import UserError
 from skipnet.routing.decisions import Decision
 from skipnet.routing.network import ExecutorName, SkipNet
 
@@ -58,7 +60,7 @@ class Evaluation:
 
 def evaluate(
     model: SkipNet,
-    images: ImageSet,
+    images: Images,
     *,
     mean: Sequence[float],
     std: Sequence[float],
@@ -66,8 +68,13 @@ def evaluate(
     execute: ExecutorName = "compacted",
     batch_size: int = 500,
     channels_last: bool = True,
+    rank: int = 0,
+    world_size: int = 1,
+    gather: Callable[[Tensor], Tensor] | None = None,
 ) -> Evaluation:
     """Classify every image and sum up, in evaluation mode; the model's mode is restored.
+
+    Several processes that hold the same model share the images: each takes its part.
 
     Args:
         model: The network, on the device of the images.
@@ -78,41 +85,54 @@ def evaluate(
         execute: Which executor runs the blocks; the result is the same.
         batch_size: Images a batch.
         channels_last: Memory layout of the images.
+        rank: Index of this process.
+        world_size: Number of processes.
+        gather: Returns the rows of all processes' tables, float64 [n, columns], in one; needed
+            with several.
+
+    Raises:
+        UserError: When an image of a streamed set cannot be read, or none can.
     """
+    assert world_size == 1 or gather is not None
     training = model.training
     model.eval()
-    device = images.images.device
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    macs, executed = [], []
+    # One row an image: right or wrong, loss, multiply-adds, class, which gated blocks ran. Whole
+    # numbers below 2^53 are exact in float64.
+    parts = [torch.empty(0, 4 + model.num_gates, dtype=torch.float64, device=images.device)]
     try:
         with torch.inference_mode():
-            for pixels, labels in eval_batches(images, batch_size=batch_size, mean=mean, std=std):
+            for pixels, labels in eval_batches(
+                images, batch_size=batch_size, mean=mean, std=std, rank=rank, world_size=world_size
+            ):
                 pixels = _layout(pixels, channels_last)
                 logits, routing = model(pixels, decide=decide, execute=execute)
-                correct += (logits.argmax(dim=1) == labels).sum()
-                loss += torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-                macs.append(routing.macs)
-                executed.append(routing.executed)
+                losses = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+                columns = [logits.argmax(dim=1) == labels, losses, routing.macs, labels]
+                row = torch.stack([column.double() for column in columns], dim=1)
+                parts.append(torch.cat([row, routing.executed.double()], dim=1))
     finally:
         model.train(training)
-    cost = model.cost(*images.images.shape[1:])
-    per_image = torch.cat(macs)
-    mean_macs = per_image.sum().item() / len(images)
-    runs = torch.cat(executed)
-    keep_rates = runs.double().mean(dim=0)
+    table = torch.cat(parts)
+    if gather is not None:
+        table = gather(table)
+    if len(table) == 0:
+        raise UserError(f"none of the {len(images)} test images can be read")
+    correct, losses, macs, classes = table[:, :4].unbind(dim=1)
+    executed = table[:, 4:].bool()
+    dense = model.cost(*images.shape).dense
+    keep_rates = executed.double().mean(dim=0)
     return Evaluation(
-        accuracy=100 * correct.item() / len(images),
-        loss=loss.item() / len(images),
-        macs=mean_macs,
-        macs_fraction=mean_macs / cost.dense,
+        accuracy=100 * correct.sum().item() / len(table),
+        loss=losses.mean().item(),
+        macs=macs.mean().item(),
+        macs_fraction=macs.mean().item() / dense,
         blocks_fraction=(keep_rates.sum().item() + 1) / (model.num_gates + 1),
         keep_rates=keep_rates.tolist(),
-        num_images=len(images),
-        macs_spread=per_image.double().std(correction=0).item() / cost.dense,
-        num_paths=len(runs.unique(dim=0)) if model.num_gates else 1,
+        num_images=len(table),
+        macs_spread=macs.std(correction=0).item() / dense,
+        num_paths=len(executed.unique(dim=0)) if model.num_gates else 1,
         gate_information=_bits(keep_rates).tolist(),
-        class_information=class_information(runs, images.labels).tolist(),
+        class_information=class_information(executed, classes.long()).tolist(),
         gates_by_input=int(((keep_rates >= 0.05) & (keep_rates <= 0.95)).sum()),
     )
 
@@ -142,7 +162,7 @@ def _bits(rates: Tensor) -> Tensor:
 
 def throughput(
     models: Mapping[str, SkipNet],
-    images: ImageSet,
+    images: Images,
     *,
     mean: Sequence[float],
     std: Sequence[float],
@@ -164,8 +184,8 @@ def throughput(
         seconds: Time for all of it.
         channels_last: Memory layout of the images.
     """
-    pixels, _ = next(eval_batches(images, batch_size=batch_size, mean=mean, std=std))
-    pixels = _layout(pixels, channels_last)
+    first = images.take(torch.arange(min(batch_size, len(images))))
+    pixels = _layout(normalize(first, mean, std), channels_last)
     for model in models.values():
         model.eval()
     times: dict[str, list[float]] = {name: [] for name in models}

@@ -120,13 +120,13 @@ def benchmark(
 def _test_images(path: Path, about: ModelInfo, data: str | None, batch_size: int) -> Tensor:
     """Some batches of test images, normalised."""
     source = test_source(path, about, data)
-    images = load_split(source, "test", about.classes).images
+    images = load_split(source, "test", about.classes)
     if len(images) < batch_size:
         raise UserError(f"the test set has {len(images)} images, fewer than a batch: {batch_size}")
     wanted = max(batch_size, min(NUM_BATCHES * batch_size, MAX_IMAGES, len(images)))
     # Spread over the set: data sets are often sorted by class.
     chosen = torch.linspace(0, len(images) - 1, wanted).long()
-    return normalize(images[chosen], about.mean, about.std)
+    return normalize(images.take(chosen), about.mean, about.std)
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from skipnet.errors import UserError
-from skipnet.recipes import describe_recipe, list_recipes, recipe
+from skipnet.recipes import list_families, recipe
 from skipnet.training.config import TrainConfig
 from skipnet.training.run import RunDirectory
 from skipnet.training.train import train as train_run
@@ -62,12 +62,14 @@ def _resume_argument(words: Sequence[str]) -> Path:
         if word.startswith("--resume="):
             return Path(word.removeprefix("--resume="))
     raise UserError(
-        f"train needs a recipe ({', '.join(list_recipes())}) or --resume RUN; see skipnet train -h"
+        "train needs a recipe (digits, for instance) or --resume RUN; see skipnet list recipes"
     )
 
 
 def _train_usage() -> str:
-    lines = [f"  {name:26s} {describe_recipe(name)}" for name in list_recipes()]
+    families = list_families()
+    width = max(map(len, families))
+    lines = [f"  {name:{width}s}  {summary}" for name, summary in families.items()]
     return "\n".join(
         [
             "usage: skipnet train RECIPE [--field value …] [--output RUN]",

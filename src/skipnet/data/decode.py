@@ -16,8 +16,12 @@ from rich.progress import Progress
 
 from skipnet.errors import UserError
 
-Encoded = bytes | Path | None
-"""An encoded image, the file that holds it, or None where the data set has neither."""
+Encoded = bytes | Path | np.ndarray | None
+"""An encoded image, the file that holds it, uint8 pixels [C, H, W] that need no decoding, or None
+where the data set has nothing."""
+
+Crop = Callable[[Image.Image], Image.Image]
+"""What gives an image, grey or RGB, the size it is wanted in; see `skipnet.data.crops`."""
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 PROGRESS_AFTER_SECONDS = 2.0
@@ -34,7 +38,9 @@ def image_files(folder: Path) -> list[Path]:
     )
 
 
-def to_pixels(image: Image.Image, channels: int | None, image_size: int | None) -> np.ndarray:
+def to_pixels(
+    image: Image.Image, channels: int | None, image_size: int | None, crop: Crop | None = None
+) -> np.ndarray:
     """Converts an opened image of any mode to 8-bit grey or RGB.
 
     16-bit grey is scaled to 8 bits (not clipped), transparency is laid over white, and an
@@ -45,6 +51,7 @@ def to_pixels(image: Image.Image, channels: int | None, image_size: int | None) 
         channels: 1 for grey, 3 for RGB, None for what the image itself is.
         image_size: Resize the shorter side to this many pixels and crop the centre; None keeps the
             size.
+        crop: Does it in another way, if given.
 
     Returns:
         uint8 [C, H, W] with C 1 or 3.
@@ -71,7 +78,9 @@ def to_pixels(image: Image.Image, channels: int | None, image_size: int | None) 
     wanted = "L" if channels == 1 else "RGB"
     if image.mode != wanted:
         image = image.convert(wanted)
-    if image_size is not None and image.size != (image_size, image_size):
+    if crop is not None:
+        image = crop(image)
+    elif image_size is not None and image.size != (image_size, image_size):
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
     pixels = np.asarray(image)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
@@ -83,6 +92,7 @@ def decode_images(
     *,
     channels: int | None,
     image_size: int | None,
+    crop: Crop | None = None,
     on_bad_image: Literal["stop", "skip"],
     where: Callable[[int], str],
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -95,6 +105,7 @@ def decode_images(
         num_images: How many there are.
         channels: 1, 3, or None for what the first image has.
         image_size: See `to_pixels`; None demands that all have the size of the first.
+        crop: See `to_pixels`.
         on_bad_image: "stop" raises at the first image that cannot be read, "skip" leaves such
             images out with one warning.
         where: Names the place of a row for messages ("row 17 of train.parquet").
@@ -107,33 +118,20 @@ def decode_images(
     """
     pixels: np.ndarray | None = None
     kept = np.ones(num_images, dtype=bool)
-    with _pillow_warnings(), _progress(num_images) as advance:
+    with pillow_warnings(), _progress(num_images) as advance:
         for row, item in enumerate(encoded):
             advance()
             try:
-                decoded = _decode(item, channels, image_size)
+                decoded = decode(item, channels, image_size, crop)
             except Exception as error:  # Pillow's plugins raise nearly every type on broken files
                 if on_bad_image == "stop":
-                    raise UserError(
-                        f"{where(row)}: the image cannot be read ({_reason(error)}); mend or "
-                        'remove it, or set on_bad_image to "skip"'
-                    ) from error
+                    raise bad_image(where(row), reason(error)) from error
                 kept[row] = False
                 continue
             if pixels is None:
                 pixels = np.empty((num_images, *decoded.shape), dtype=np.uint8)
-                channels_found = len(decoded)
-            if decoded.shape[1:] != pixels.shape[2:]:
-                (height, width), (old_height, old_width) = decoded.shape[1:], pixels.shape[2:]
-                raise UserError(
-                    f"{where(row)}: the image is {height}×{width}, those before it are "
-                    f"{old_height}×{old_width} pixels; set image_size to resize all to one size"
-                )
-            if len(decoded) > channels_found:
-                raise UserError(
-                    f"{where(row)}: the image is in colour, the first one is grey; set channels to "
-                    "1 or 3"
-                )
+            if decoded.shape != pixels.shape[1:]:
+                demand_shape(decoded, pixels.shape[1:], where(row))
             pixels[row] = decoded  # a grey image among RGB ones spreads over the three channels
     if pixels is None:
         raise UserError(f"none of the {num_images} images can be read; the first is {where(0)}")
@@ -150,23 +148,57 @@ def decode_images(
     return pixels, rows
 
 
-def _decode(item: Encoded, channels: int | None, image_size: int | None) -> np.ndarray:
-    """Opens and converts one image; raises whatever Pillow does."""
+def decode(
+    item: Encoded, channels: int | None, image_size: int | None, crop: Crop | None
+) -> np.ndarray:
+    """Opens and converts one image, see `to_pixels`; raises whatever Pillow does."""
     if item is None:
         raise ValueError("the row holds no image")
+    if isinstance(item, np.ndarray):
+        fits = image_size is None or item.shape[1:] == (image_size, image_size)
+        if crop is None and fits and channels in (None, len(item)):
+            return item
+        pixels = item[0] if len(item) == 1 else item.transpose(1, 2, 0)
+        return to_pixels(Image.fromarray(pixels), channels, image_size, crop)
     with Image.open(io.BytesIO(item) if isinstance(item, bytes) else item) as image:
-        return to_pixels(image, channels, image_size)
+        return to_pixels(image, channels, image_size, crop)
 
 
-def _reason(error: Exception) -> str:
-    """The error in one line, without the memory address Pillow puts into it."""
+def demand_shape(decoded: np.ndarray, shape: tuple[int, ...], place: str) -> None:
+    """Checks that a decoded image, [C, H, W], goes with those before it; grey goes with RGB.
+
+    Raises:
+        UserError: It has another size, or is in colour where they are grey.
+    """
+    if decoded.shape[1:] != shape[1:]:
+        (height, width), (old_height, old_width) = decoded.shape[1:], shape[1:]
+        raise UserError(
+            f"{place}: the image is {height}×{width}, those before it are "
+            f"{old_height}×{old_width} pixels; set image_size to resize all to one size"
+        )
+    if len(decoded) > shape[0]:
+        raise UserError(
+            f"{place}: the image is in colour, the first one is grey; set channels to 1 or 3"
+        )
+
+
+def bad_image(place: str, why: str) -> UserError:
+    """The error for an image that cannot be read."""
+    return UserError(
+        f"{place}: the image cannot be read ({why}); mend or remove it, or set on_bad_image to "
+        '"skip"'
+    )
+
+
+def reason(error: Exception) -> str:
+    """An error of Pillow's in one line, without the memory address it puts into it."""
     if isinstance(error, UnidentifiedImageError):
         return "not in an image format that Pillow knows"
     return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager
-def _pillow_warnings() -> Iterator[None]:
+def pillow_warnings() -> Iterator[None]:
     """Makes a suspected decompression bomb a bad image, and Pillow's remarks on metadata silent."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from skipnet.data.augment import flip, normalize, pad_crop, random_flips, random_offsets
-from skipnet.data.sources import ImageSet
+from skipnet.data.images import Images, ImageSet, StreamedSet
+from skipnet.data.streaming import Ahead, Plan, stream
 from skipnet.errors import UserError
-from skipnet.seeding import AUGMENTATION, ORDER, sub_seed
+from skipnet.seeding import AUGMENTATION, CROP, ORDER, sub_seed
 
 
 class TrainLoader:
@@ -16,13 +17,15 @@ class TrainLoader:
 
     Nothing is carried from one call to the next: `batch(step)` depends on the arguments of the
     constructor and on `step` alone. With several processes, each takes its rows of what one
-    process alone would see.
+    process alone would see. A streamed set is decoded ahead by worker processes; it gives the
+    batches that the same set in memory gives, unless it takes random-resized crops.
 
     Args:
         images: The training set, on the device that is to do the augmentation.
         batch_size: Images a step, over all processes together.
         seed: Seed of order and augmentation, 0 or more.
-        padding: Pixels of zero padding before the random crop; 0 for no crop.
+        padding: Pixels of zero padding before the random crop; 0 for no crop. A set
+            that takes random-resized crops is not padded.
         flip: Whether to mirror half of the images, at random.
         mean: C means, for pixels in 0 … 1.
         std: C standard deviations, for pixels in 0 … 1.
@@ -36,7 +39,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        images: ImageSet,
+        images: Images,
         *,
         batch_size: int,
         seed: int,
@@ -65,7 +68,8 @@ class TrainLoader:
         self.images = images
         self.batch_size = batch_size
         self.seed = seed
-        self.padding = padding
+        random_resized = isinstance(images, StreamedSet) and images.random_resized
+        self.padding = 0 if random_resized else padding
         self.flip = flip
         self.mean = tuple(mean)
         self.std = tuple(std)
@@ -73,6 +77,7 @@ class TrainLoader:
         share = batch_size // world_size
         self._shard = slice(rank * share, (rank + 1) * share)
         self._order: tuple[int, Tensor] | None = None
+        self._ahead = Ahead(images, self._plan) if isinstance(images, StreamedSet) else None
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """This process's rows of the batch of a step.
@@ -85,10 +90,7 @@ class TrainLoader:
             float32 [b, C, H, W] and int64 [b] on the device of the images, with b = batch_size /
             world_size.
         """
-        epoch, position = divmod(step, self.steps_per_epoch)
-        start = position * self.batch_size
-        rows = self._permutation(epoch)[start : start + self.batch_size][self._shard]
-        pixels = self.images.images.index_select(0, rows)  # on the CPU, images[rows] is far slower
+        pixels, labels = self._read(step)
         # Drawn for the batch of all processes, so that their number does not change what is seen.
         generator = torch.Generator().manual_seed(sub_seed(self.seed, AUGMENTATION, step))
         if self.padding:
@@ -96,7 +98,37 @@ class TrainLoader:
             pixels = pad_crop(pixels, offsets[self._shard], self.padding)
         if self.flip:
             pixels = flip(pixels, random_flips(self.batch_size, generator)[self._shard])
-        return normalize(pixels, self.mean, self.std), self.images.labels[rows]
+        return normalize(pixels, self.mean, self.std), labels
+
+    def close(self) -> None:
+        """Ends the processes that decode; batches can be asked for all the same."""
+        if self._ahead is not None:
+            self._ahead.close()
+
+    def _read(self, step: int) -> tuple[Tensor, Tensor]:
+        """The images of a step as they are, and their labels."""
+        if self._ahead is not None:
+            return self._ahead.take(step)
+        assert isinstance(self.images, ImageSet)
+        rows = self._rows(step)
+        # On the CPU, images[rows] is far slower.
+        return self.images.images.index_select(0, rows), self.images.labels[rows]
+
+    def _plan(self, step: int) -> Plan:
+        """What a streamed batch is to hold."""
+        assert isinstance(self.images, StreamedSet)
+        seeds = None
+        if self.images.random_resized:
+            generator = torch.Generator().manual_seed(sub_seed(self.seed, CROP, step))
+            drawn = torch.randint(2**62, (self.batch_size,), generator=generator)
+            seeds = drawn[self._shard].tolist()
+        return Plan(self._rows(step).tolist(), seeds, replace_bad=True)
+
+    def _rows(self, step: int) -> Tensor:
+        """This process's rows of the set at a step, int64 [b] on the device of the labels."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        start = position * self.batch_size
+        return self._permutation(epoch)[start : start + self.batch_size][self._shard]
 
     def _permutation(self, epoch: int) -> Tensor:
         """The order of the images in an epoch, int64 [N] on their device; the last one is kept."""
@@ -108,7 +140,7 @@ class TrainLoader:
 
 
 def eval_batches(
-    images: ImageSet,
+    images: Images,
     *,
     batch_size: int,
     mean: Sequence[float],
@@ -120,7 +152,8 @@ def eval_batches(
 
     Args:
         images: The set to evaluate on.
-        batch_size: Images a batch of this process; the last batch may have fewer.
+        batch_size: Images a batch of this process; the last batch may have fewer, and so may
+            batches of a streamed set that leaves images out.
         mean: C means, for pixels in 0 … 1.
         std: C standard deviations, for pixels in 0 … 1.
         rank: Index of this process, which takes the rows rank, rank + world_size, …
@@ -130,11 +163,18 @@ def eval_batches(
         float32 [b, C, H, W] and int64 [b] on the device of the images.
 
     Raises:
-        UserError: The batch size is below 1.
+        UserError: The batch size is below 1, or an image of a streamed set cannot be read.
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; set it to 1 or more")
-    pixels, labels = images.images[rank::world_size], images.labels[rank::world_size]
-    for start in range(0, len(labels), batch_size):
-        rows = slice(start, start + batch_size)
-        yield normalize(pixels[rows], mean, std), labels[rows]
+    starts = range(rank, len(images), batch_size * world_size)
+    batches = [range(i, len(images), world_size)[:batch_size] for i in starts]
+    if isinstance(images, StreamedSet):
+        plans = [Plan(list(rows), None, replace_bad=False) for rows in batches]
+        for pixels, labels in stream(images, plans):
+            if len(labels):
+                yield normalize(pixels, mean, std), labels
+        return
+    for rows in batches:
+        part = slice(rows.start, rows.stop, rows.step)
+        yield normalize(images.images[part], mean, std), images.labels[part]

@@ -4,11 +4,18 @@ from collections.abc import Callable
 
 from skipnet.errors import UserError
 from skipnet.models.registry import unknown
-from skipnet.recipes.cifar import CIFAR_RECIPES
+from skipnet.recipes.cifar import cifar10_resnet38_rnn_short
 from skipnet.recipes.digits import digits
+from skipnet.recipes.paper import PAPER_FAMILIES, PAPER_RECIPES
 from skipnet.training.config import TrainConfig
 
-RECIPES: dict[str, Callable[[], TrainConfig]] = {"digits": digits, **CIFAR_RECIPES}
+_OWN: dict[str, Callable[[], TrainConfig]] = {
+    "digits": digits,
+    "cifar10-resnet38-rnn-short": cifar10_resnet38_rnn_short,
+}
+RECIPES: dict[str, Callable[[], TrainConfig]] = _OWN | {
+    name: build for name, (build, _) in PAPER_RECIPES.items()
+}
 
 
 def recipe(name: str) -> TrainConfig:
@@ -27,6 +34,13 @@ def list_recipes() -> list[str]:
     return list(RECIPES)
 
 
+def list_families() -> dict[str, str]:
+    """Return names and descriptions in few lines: those of the paper's recipes are put together."""
+    return {name: describe_recipe(name) for name in _OWN} | PAPER_FAMILIES
+
+
 def describe_recipe(name: str) -> str:
-    """Return the first line of a recipe's documentation."""
+    """Return a recipe's description in one line."""
+    if name in PAPER_RECIPES:
+        return PAPER_RECIPES[name][1]
     return (RECIPES[name].__doc__ or "").split("\n")[0]

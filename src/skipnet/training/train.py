@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,9 @@ from rich.table import Table
 from torch import Tensor
 
 from skipnet.analysis.evaluate import Evaluation, evaluate, throughput
+from skipnet.data.images import Images
 from skipnet.data.loaders import TrainLoader
-from skipnet.data.sources import ImageSet, load, normalization
+from skipnet.data.sources import load, normalization
 from skipnet.errors import Interrupted, UserError
 from skipnet.models.registry import Architecture
 from skipnet.models.weights import ModelInfo, load_weights, read_tensors, save
@@ -106,9 +107,19 @@ def train(
         try:
             for name, loader in loaders.items():
                 if not run.finished(name):
-                    _run_stage(
-                        fabric, config, name, info, loader, test_set, teacher, run, progress, stop
-                    )
+                    with closing(loader):
+                        _run_stage(
+                            fabric,
+                            config,
+                            name,
+                            info,
+                            loader,
+                            test_set,
+                            teacher,
+                            run,
+                            progress,
+                            stop,
+                        )
         except KeyboardInterrupt:
             raise Interrupted(
                 f"stopped at once; continue from the last checkpoint with: {resume_command(run)}"
@@ -126,7 +137,7 @@ def train(
     return run
 
 
-def network_info(config: TrainConfig, training_set: ImageSet) -> ModelInfo:
+def network_info(config: TrainConfig, training_set: Images) -> ModelInfo:
     """Return what the model files of a run say, but for results: the network and its images."""
     mean, std = normalization(config.data, training_set)
     return ModelInfo(
@@ -134,12 +145,12 @@ def network_info(config: TrainConfig, training_set: ImageSet) -> ModelInfo:
             name=config.model.name,
             gate=config.model.gate,
             num_classes=len(training_set.classes),
-            in_channels=training_set.images.shape[1],
+            in_channels=training_set.shape[0],
         ),
         classes=training_set.classes,
         mean=mean,
         std=std,
-        image_size=(training_set.images.shape[2], training_set.images.shape[3]),
+        image_size=training_set.shape[1:],
     )
 
 
@@ -196,7 +207,7 @@ def _run_stage(
     name: StageName,
     info: ModelInfo,
     loader: TrainLoader,
-    test_set: ImageSet,
+    test_set: Images,
     teacher: SkipNet | None,
     run: RunDirectory,
     progress: Progress,
@@ -217,6 +228,9 @@ def _run_stage(
         _sharpen(network.to(fabric.device), loader.batch(0)[0], stage.sharpen_to)
 
     def measure(model: SkipNet, decide: str | Decision = "threshold") -> Evaluation:
+        if fabric.world_size > 1:  # Batch norms have seen other images on each process.
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
         return evaluate(
             model,
             test_set,
@@ -224,6 +238,9 @@ def _run_stage(
             std=info.std,
             decide=decide,
             channels_last=config.channels_last,
+            rank=fabric.global_rank,
+            world_size=fabric.world_size,
+            gather=lambda rows: _all_rows(fabric, rows),
         )
 
     trained, seconds = fit(
@@ -254,7 +271,7 @@ def _run_stage(
     results: dict[str, Any] = {"evaluation": result.to_dict(), "seconds": seconds}
     if trained.num_gates:
         generator = torch.Generator(fabric.device)
-        generator.manual_seed(sub_seed(config.seed, EVALUATION, 0))
+        generator.manual_seed(sub_seed(config.seed, EVALUATION, fabric.global_rank))
         results["sampled"] = measure(trained, Sample(generator)).to_dict()
     if fabric.is_global_zero:
         save(trained, run.model_path(name), replace(info, results=results["evaluation"]))
@@ -268,8 +285,22 @@ def _start_weights(start: Path, name: StageName, info: ModelInfo) -> dict[str, T
     return start_weights(locate_start(start, name), info, gated=name != "dense")
 
 
+def _all_rows(fabric: "Fabric", rows: Tensor) -> Tensor:
+    """The rows of all processes, which may have different numbers of them."""
+    if fabric.world_size == 1:
+        return rows
+    count = torch.tensor(len(rows), device=rows.device)
+    counts = fabric.all_gather(count)
+    assert isinstance(counts, Tensor)
+    padded = rows.new_zeros(int(counts.max()), rows.shape[1])
+    padded[: len(rows)] = rows
+    tables = fabric.all_gather(padded)
+    assert isinstance(tables, Tensor)
+    return torch.cat([t[:n] for t, n in zip(tables, counts.flatten().tolist(), strict=True)])
+
+
 def _loader(
-    fabric: "Fabric", config: TrainConfig, name: StageName, info: ModelInfo, training_set: ImageSet
+    fabric: "Fabric", config: TrainConfig, name: StageName, info: ModelInfo, training_set: Images
 ) -> TrainLoader:
     """The batches of a stage."""
     stage = config.stage(name)
@@ -439,7 +470,7 @@ def _run_directory(
 
 
 def _measure_throughput(
-    config: TrainConfig, run: RunDirectory, test_set: ImageSet, device: torch.device
+    config: TrainConfig, run: RunDirectory, test_set: Images, device: torch.device
 ) -> None:
     """Time the networks of all stages in turns and add images/s to their results."""
     models: dict[str, SkipNet] = {}
