@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from skipnet.routing.network import SkipNet
+from skipnet.tasks.budget import mean_over_processes
 
 _FARTHEST = 8.0
 _HALVINGS = 12
@@ -63,12 +64,14 @@ def land(network: SkipNet, batches: Sequence[Tensor], target: float) -> float:
     assert network.gate is not None
 
     def computation() -> float:
-        total = 0.0
         with torch.no_grad():
-            for images in batches:
-                _, routing = network(images, decide="threshold", execute="compacted")
-                total += routing.macs_fraction / len(batches)
-        return total
+            fractions = [
+                network(images, decide="threshold", execute="compacted")[1].macs_fraction
+                for images in batches
+            ]
+        # Of all processes: each has images of its own, and all must find the same shift.
+        own = torch.tensor(fractions, dtype=torch.float64, device=batches[0].device)
+        return mean_over_processes(own.mean())
 
     best, least, shift = 0.0, computation(), 0.0
     low, high = (-_FARTHEST, 0.0) if least > target else (0.0, _FARTHEST)

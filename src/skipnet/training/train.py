@@ -228,9 +228,7 @@ def _run_stage(
         _sharpen(network.to(fabric.device), loader.batch(0)[0], stage.sharpen_to)
 
     def measure(model: SkipNet, decide: str | Decision = "threshold") -> Evaluation:
-        if fabric.world_size > 1:  # Batch norms have seen other images on each process.
-            for buffer in model.buffers():
-                torch.distributed.broadcast(buffer, src=0)
+        _share_statistics(fabric, model)
         return evaluate(
             model,
             test_set,
@@ -265,6 +263,7 @@ def _run_stage(
     if isinstance(stage, RoutedConfig) and stage.target_compute is not None and stage.land:
         steps = range(min(-(-LANDING_IMAGES // stage.batch_size), loader.steps_per_epoch))
         batches = [_layout(loader.batch(step)[0], config) for step in steps]
+        _share_statistics(fabric, trained)
         land(trained, batches, stage.target_compute)
     result = measure(trained)
     progress.finished(name, result, seconds)
@@ -279,6 +278,13 @@ def _run_stage(
     else:
         run.results[name] = results
     fabric.barrier()
+
+
+def _share_statistics(fabric: "Fabric", model: SkipNet) -> None:
+    """Give all processes the first one's: batch norms have seen other images on each."""
+    if fabric.world_size > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, src=0)
 
 
 def _start_weights(start: Path, name: StageName, info: ModelInfo) -> dict[str, Tensor]:
