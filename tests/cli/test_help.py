@@ -14,6 +14,10 @@ COMMANDS = {
     "skipnet": ["--help"],
     "train": ["train", "--help"],
     "train-digits": ["train", "digits", "--help"],
+    "sweep": ["sweep", "--help"],
+    "sweep-digits": ["sweep", "digits", "--help"],
+    "ablations": ["ablations", "--help"],
+    "ablations-digits": ["ablations", "digits", "--help"],
     "evaluate": ["evaluate", "--help"],
     "info": ["info", "--help"],
     "list": ["list", "--help"],
@@ -21,6 +25,8 @@ COMMANDS = {
     "predict": ["predict", "--help"],
     "benchmark": ["benchmark", "--help"],
 }
+# From here on the flags are those of `train`.
+TRAIN_FLAGS = "  --recipe STR\n"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -33,6 +39,9 @@ def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert (code, shown.err) == (0, "")
     text = "\n".join(line.rstrip() for line in shown.out.strip().splitlines()) + "\n"
     assert str(Path.cwd()) not in text and str(Path.home()) not in text
+    if name in ("sweep-digits", "ablations-digits"):
+        text, rest = text.split(TRAIN_FLAGS)
+        assert "--hrl.target-compute" in rest
     path = GOLDEN / f"{name}.txt"
     if os.environ.get(UPDATE):
         path.parent.mkdir(exist_ok=True)

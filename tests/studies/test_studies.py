@@ -12,13 +12,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from harness import Command, Trap
+from harness import STAND_IN, Command, StandIn, Trap
 
 import skipnet
 from skipnet import cli
@@ -26,26 +25,13 @@ from skipnet.studies import children as children_module
 from skipnet.studies.results import collect
 from skipnet.studies.study import Study
 
-STAND_IN = Path(__file__).with_name("stand_in.py")
-TRAIN = (sys.executable, str(STAND_IN))
 SMALL = ["--model.name", "cifar_resnet20", "--accelerator", "cpu"]
-
-
-@dataclass(frozen=True)
-class StandIn:
-    """Puts the stand-in in training's place, in another process too."""
-
-    orders: str = "{}"
-
-    def set(self) -> None:
-        children_module.TRAIN = TRAIN
-        os.environ["STAND_IN"] = self.orders
 
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
     """Gives orders to the stand-ins; the working directory is private."""
-    monkeypatch.setattr(children_module, "TRAIN", TRAIN)
+    monkeypatch.setattr(children_module, "TRAIN", STAND_IN)
     monkeypatch.setattr(children_module, "POLL_SECONDS", 0.02)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -532,7 +518,7 @@ def test_the_terminal_shows_bars(stand_in: Callable[..., None]) -> None:
     orders = json.dumps({"seed0/target-0.5": "wait"})
     program = (
         "import sys; from skipnet import cli; from skipnet.studies import children; "
-        f"children.TRAIN = {TRAIN!r}; sys.exit(cli.main(sys.argv[1:]))"
+        f"children.TRAIN = {STAND_IN!r}; sys.exit(cli.main(sys.argv[1:]))"
     )
     parent, child = pty.openpty()
     words = ["sweep", "digits", *SMALL, "--targets", "0.5", "--output", "s"]

@@ -13,7 +13,7 @@ from rich.console import Console
 from skipnet.data.sources import load
 from skipnet.errors import Interrupted, UserError
 from skipnet.models.registry import Architecture
-from skipnet.recipes import describe_recipe, list_recipes, recipe
+from skipnet.recipes import list_recipes, recipe
 from skipnet.studies.children import Failure, places, run_children
 from skipnet.studies.results import Results, collect, results_table
 from skipnet.studies.study import Child, Settings, Study, study_of
@@ -224,17 +224,15 @@ def _usage(
         "",
         (command.__doc__ or "").split("\n")[0],
     ]
-    for title, entries in {
-        **lists,
-        "recipes": {n: describe_recipe(n) for n in list_recipes()},
-    }.items():
+    for title, entries in lists.items():
         width = max(map(len, entries))
         lines += ["", f"{title}:", *(f"  {key:{width}s}  {text}" for key, text in entries.items())]
     return "\n".join(
         [
             *lines,
             "",
-            f"skipnet {name} RECIPE --help lists every field with the recipe's value.  Example:",
+            "skipnet list recipes shows the recipes, and",
+            f"skipnet {name} RECIPE --help every field with the recipe's value.  Example:",
             f"  {example}",
         ]
     )

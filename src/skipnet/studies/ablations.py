@@ -88,6 +88,16 @@ def fixed_alpha(config: TrainConfig) -> TrainConfig:
     return _hrl(config, target_compute=None)
 
 
+def reinforce(config: TrainConfig) -> TrainConfig:
+    """The paper's estimator: all decisions of an image are sampled."""
+    return _hrl(config, estimator="reinforce")
+
+
+def flip(config: TrainConfig) -> TrainConfig:
+    """The estimator that tries the other decision of one gate an image."""
+    return _hrl(config, estimator="flip")
+
+
 def no_baseline(config: TrainConfig) -> TrainConfig:
     """REINFORCE without a baseline."""
     return _hrl(config, baseline="none")
@@ -135,6 +145,8 @@ VARIANTS: dict[str, Variant] = {
     "static": static,
     "gumbel": gumbel,
     "fixed-alpha": fixed_alpha,
+    "reinforce": reinforce,
+    "flip": flip,
     "no-baseline": no_baseline,
     "no-sharpen": no_sharpen,
     "all-rows": all_rows,
@@ -163,15 +175,12 @@ def ablation_settings(
         raise UserError(
             f"ablations need the stages sp and hrl, and stages is {' '.join(config.stages)}"
         )
-    names = list(only) or [
-        name
-        for name in VARIANTS
-        if name == "hrl" or name in config.stages or not _same(config, name)
-    ]
+    trained = [name for name in VARIANTS if name != "dense" or name in config.stages]
+    names = list(only) or [name for name in trained if not _same(config, name)]
     for name in distinct("only", names):
         if name not in VARIANTS:
             raise UserError(unknown("variant", name, VARIANTS))
-        if name != "hrl" and _same(config, name):
+        if _same(config, name):
             raise UserError(f"{name} is what this recipe does anyway: leave it out of --only")
     return {"variants": names, "seeds": distinct("seeds", list(seeds) or [config.seed], least=0)}
 
@@ -188,7 +197,8 @@ def describe_variant(name: str) -> str:
 
 
 def _same(config: TrainConfig, name: str) -> bool:
-    return not differences(VARIANTS[name](config), hrl(config))
+    """Whether a variant other than the recipe itself changes nothing."""
+    return name != "hrl" and not differences(VARIANTS[name](config), hrl(config))
 
 
 def _hrl(config: TrainConfig, **changes: Any) -> TrainConfig:

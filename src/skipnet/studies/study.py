@@ -150,7 +150,12 @@ class Study:
         except OSError as error:
             raise UserError(f"cannot make the directory {self.path}: {error.strerror}") from None
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another command is at work in {self.path}: wait for it, or stop it first"
+                ) from None
             for unfinished in self.path.glob(".*.tmp"):  # Of a command that was killed.
                 unfinished.unlink(missing_ok=True)
             description = {
@@ -160,10 +165,6 @@ class Study:
             }
             write_json(self.path / "study.json", description)
             yield
-        except BlockingIOError:
-            raise UserError(
-                f"another command is at work in {self.path}: wait for it, or stop it first"
-            ) from None
         finally:
             os.close(folder)
 
