@@ -65,7 +65,8 @@ def test_agrees_with_what_training_wrote(
         shown = evaluate(capsys, digits_run, "--stage", stage)
         sampled = shown.pop("sampled", None)
         expected = results[stage]["evaluation"]
-        assert shown.pop("keep_rates") == pytest.approx(expected.pop("keep_rates"))
+        for name in ("keep_rates", "gate_information", "class_information"):
+            assert shown.pop(name) == pytest.approx(expected.pop(name)), name
         assert shown == pytest.approx(expected)
         assert (sampled is None) == (stage == "dense")
     file = evaluate(capsys, digits_run / "sp.safetensors")
