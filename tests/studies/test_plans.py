@@ -48,6 +48,7 @@ class TestVariants:
             ("flip", ["stages", "hrl.estimator"]),
             ("no-baseline", ["stages", "hrl.baseline"]),
             ("no-sharpen", ["stages", "hrl.sharpen_to"]),
+            ("no-landing", ["stages", "hrl.land"]),
             ("all-rows", ["stages", "hrl.statistics"]),
             ("frozen", ["stages", "hrl.statistics"]),
             ("no-clip", ["stages", "hrl.optimizer.clip_norm"]),

@@ -4,6 +4,7 @@ import inspect
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -166,10 +167,13 @@ def _demand_possible(study: Study, children: Sequence[Child]) -> None:
     if not left:
         return
     training_set, _ = load(study.config.data)
+    shared = network_info(study.config, training_set)
     for child in left:
         begun = (study.path / child.name / "config.json").exists()
         try:
-            info = network_info(child.config, training_set)
+            model = child.config.model
+            architecture = replace(shared.architecture, name=model.name, gate=model.gate)
+            info = replace(shared, architecture=architecture)
             demand_possible(child.config, info, start=child.after is None and not begun)
         except UserError as error:
             raise UserError(f"{child.label}: {error}") from None

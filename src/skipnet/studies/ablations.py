@@ -108,6 +108,11 @@ def no_sharpen(config: TrainConfig) -> TrainConfig:
     return _hrl(config, sharpen_to=None)
 
 
+def no_landing(config: TrainConfig) -> TrainConfig:
+    """The computation is left where the budget has driven it."""
+    return _hrl(config, land=config.hrl.land and config.hrl.target_compute is None)
+
+
 def all_rows(config: TrainConfig) -> TrainConfig:
     """Every row through every block, batch statistics over all, as in the released code."""
     return _hrl(config, statistics="all")
@@ -149,6 +154,7 @@ VARIANTS: dict[str, Variant] = {
     "flip": flip,
     "no-baseline": no_baseline,
     "no-sharpen": no_sharpen,
+    "no-landing": no_landing,
     "all-rows": all_rows,
     "frozen": frozen,
     "no-clip": no_clip,
