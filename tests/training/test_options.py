@@ -35,6 +35,18 @@ def test_open_blocks_train_a_fixed_subset(tmp_path: Path) -> None:
     assert state["blocks.3.bn1.num_batches_tracked"] == 0, "a skipped block was run"
 
 
+def test_open_blocks_go_before_the_gates_of_a_start(tmp_path: Path) -> None:
+    config = tiny_config(stages=("sp",))
+    config.model = ModelConfig(name="tiny_resnet", gate="static", open_blocks=(1, 4))
+    config.sp = replace(config.sp, decide="threshold", ema_decay=None)
+    skipnet.train(config, output=tmp_path / "one")
+    again = replace(config, start=tmp_path / "one")
+    again.model = replace(config.model, open_blocks=(0,))
+    skipnet.train(again, output=tmp_path / "two")
+    rates = results(tmp_path / "two")["sp"]["evaluation"]["keep_rates"]
+    assert rates == [1, 0, 0, 0, 0]
+
+
 @pytest.mark.parametrize("blocks", [(5,), (-1,), (0, 9)])
 def test_open_blocks_that_are_not_there(tmp_path: Path, blocks: tuple[int, ...]) -> None:
     config = tiny_config(stages=("sp",))

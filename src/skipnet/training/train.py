@@ -224,6 +224,8 @@ def _run_stage(
         load_weights(network, read_tensors(path)[0], path)
     if config.start is not None and name == config.stages[0] and run.checkpoint_step(name) is None:
         load_start(network, _start_weights(config.start, name, info))
+        if config.model.open_blocks is not None:  # Which ask for another subset than the start's.
+            _open_gates(network, config.model)
     if isinstance(stage, HybridConfig) and stage.sharpen_to is not None:
         _sharpen(network.to(fabric.device), loader.batch(0)[0], stage.sharpen_to)
 
