@@ -42,7 +42,7 @@ def test_runs_to_its_end_and_goes_on(
     assert "Left: sp-20, dense-20, hrl-20-0.6" in capfd.readouterr().out
     assert not list((state / "runs").glob("*/*"))
 
-    cifar10.main(state=state, tiny=True, only=("hrl-20-0.6",))
+    cifar10.main(state=state, tiny=True, minutes=60, only=("hrl-20-0.6",))
     assert "Nothing is left" in capfd.readouterr().out
     assert {path.name for path in (state / "results").iterdir()} == {
         "sp-20.json",
@@ -62,7 +62,7 @@ def test_runs_to_its_end_and_goes_on(
     cifar10.main(state=moved, tiny=True, plan=True)
     rows = capfd.readouterr().out.splitlines()
     assert [row.split()[3] for row in rows if "-20" in row] == ["done", "step", "done"]
-    cifar10.main(state=moved, tiny=True)
+    cifar10.main(state=moved, tiny=True, minutes=60)
     assert "Nothing is left" in capfd.readouterr().out
     assert read(moved / "results" / "dense-20.json")["results"]["dense"]["seconds"] > 0
     assert not list(moved.rglob("model.safetensors"))
