@@ -258,10 +258,10 @@ def without_itself(rewards: Tensor) -> Tensor:
 
 
 WRONG: dict[str, tuple[str, str, Callable[[Tensor], Tensor]]] = {
-    "batch mean with its own return": ("batch-mean", "others_mean", own_included),
-    "leave-one-out leaving none out": ("leave-one-out", "others_mean", own_included),
-    "rewards of the past": ("none", "reward_to_go", from_the_beginning),
-    "rewards of the future only": ("none", "reward_to_go", without_itself),
+    "batch mean with its own return": ("batch-mean", "hybrid.others_mean", own_included),
+    "leave-one-out leaving none out": ("leave-one-out", "hybrid.others_mean", own_included),
+    "rewards of the past": ("none", "rewards.reward_to_go", from_the_beginning),
+    "rewards of the future only": ("none", "rewards.reward_to_go", without_itself),
 }
 
 
@@ -276,7 +276,7 @@ def test_enumeration_finds_a_wrong_estimator(
     network, (images, labels) = tiny("rnn"), data(num_images)
     hybrid = Hybrid(alpha=2.0, baseline=baseline, samples=samples)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"skipnet.tasks.hybrid.{function}", wrong)
+        patch.setattr(f"skipnet.tasks.{function}", wrong)
         expected = expected_gradient(monkeypatch, network, images, labels, hybrid)
     assert distance(expected, objective_gradient(network, images, labels, 2.0, "uniform")) > 1e-3
 
@@ -332,7 +332,7 @@ def test_mean_of_drawn_gradients_finds_a_wrong_estimator(
     exact = objective_gradient(network, *data(), 2.0, "uniform")
     if error in WRONG:
         baseline, function, wrong = WRONG[error]
-        monkeypatch.setattr(f"skipnet.tasks.hybrid.{function}", wrong)
+        monkeypatch.setattr(f"skipnet.tasks.{function}", wrong)
         hybrid = Hybrid(alpha=2.0, baseline=baseline, samples=2)
     else:
         hybrid = Hybrid(alpha=2.0, beta=0.0)

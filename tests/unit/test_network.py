@@ -82,8 +82,8 @@ def test_unknown_executor_names_the_known_ones(name: str) -> None:
 
 
 def test_unknown_decision_is_refused() -> None:
-    with pytest.raises(UserError, match="unknown decision 'gumbel'"):
-        SkipNet(**parts(2))(torch.zeros(1, 3, 4, 4), decide="gumbel")
+    with pytest.raises(UserError, match="unknown decision 'hard'"):
+        SkipNet(**parts(2))(torch.zeros(1, 3, 4, 4), decide="hard")
 
 
 def test_threshold_and_masked_are_the_defaults() -> None:

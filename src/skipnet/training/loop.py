@@ -314,7 +314,8 @@ def _demand_finite(
     loss: float, network: SkipNet, run: RunDirectory, name: StageName, step: int
 ) -> None:
     """Stop before a network that has diverged can take the place of a good checkpoint."""
-    if math.isfinite(loss) and all(p.isfinite().all() for p in network.parameters()):
+    # Buffers too: a running variance can be infinite behind weights that are not.
+    if math.isfinite(loss) and all(x.isfinite().all() for x in network.state_dict().values()):
         return
     saved = run.checkpoint_step(name)
     kept = (
