@@ -269,16 +269,16 @@ def pieces(
 def hybrid(iterations: int, weight_decay: float) -> HybridConfig:
     """HRL from an SP network whose learning rate has come down: up again a little, and down."""
     optimizer = OptimizerConfig(
-        lr=0.02, gate_lr=0.02, nesterov=True, weight_decay=weight_decay, clip_norm=5.0
+        lr=0.02, gate_lr=0.1, nesterov=True, weight_decay=weight_decay, clip_norm=5.0
     )
     return HybridConfig(
         iterations=iterations,
         optimizer=optimizer,
         schedule=ScheduleConfig(name="one-cycle", peak=0.05),
-        alpha=0.6,
+        alpha=0.0,
         target_ramp=0.4,
-        policy_weight=0.2,
-        sharpen_to=2.0,
+        estimator="flip",
+        diversity=0.1,
     )
 
 

@@ -21,6 +21,8 @@ from skipnet.studies.view import last_line, share_done
 from skipnet.training.config import differences, to_dict
 
 RNN, FF = "cifar10-resnet38-rnn", "cifar10-resnet38-ff"
+SAMPLING = ("hrl.estimator", "hrl.policy_weight", "hrl.sharpen_to")
+"""In what the digits' recipe, which flips, differs from one that samples."""
 
 
 def changed(name: str, recipe: str = "digits", **fields: Any) -> tuple[TrainConfig, list[str]]:
@@ -41,13 +43,13 @@ class TestVariants:
             ("dense", ["stages"]),
             ("sp", ["stages"]),
             ("pure-rl", ["stages", "hrl"]),
+            ("reinforce", ["stages", *SAMPLING]),
             ("static", ["stages", "model.gate"]),
             ("ff", ["stages", "model.gate"]),
             ("gumbel", ["stages", "sp.decide"]),
-            ("fixed-alpha", ["stages", "hrl.target_compute"]),
-            ("flip", ["stages", "hrl.estimator"]),
-            ("no-baseline", ["stages", "hrl.baseline"]),
-            ("no-sharpen", ["stages", "hrl.sharpen_to"]),
+            ("fixed-alpha", ["stages", "hrl.target_compute", "hrl.alpha"]),
+            ("no-baseline", ["stages", "hrl.baseline", *SAMPLING]),
+            ("no-sharpen", ["stages", "hrl.estimator", "hrl.policy_weight"]),
             ("no-landing", ["stages", "hrl.land"]),
             ("all-rows", ["stages", "hrl.statistics"]),
             ("frozen", ["stages", "hrl.statistics"]),
@@ -77,7 +79,7 @@ class TestVariants:
             assert config.hrl.supervised_weight == weight
             assert config.hrl.epochs == config.dense.epochs == 9
             assert config.hrl.optimizer.lr == config.dense.optimizer.lr
-            assert config.hrl.optimizer.gate_lr == 0.1, "the recipe's HRL"
+            assert config.hrl.optimizer.gate_lr == 0.2, "the recipe's HRL"
             assert config.hrl.schedule == config.dense.schedule
 
     def test_soft_pays_the_same_price(self) -> None:
@@ -103,10 +105,14 @@ class TestVariants:
     def test_all_but_those_that_change_nothing(self) -> None:
         config = skipnet.recipe("digits")
         names = ablation_settings(config)["variants"]
-        assert set(VARIANTS) - set(names) == {"reinforce"}
-        config.hrl.sharpen_to, config.stages = None, ("sp", "hrl")
+        assert set(VARIANTS) - set(names) == {"flip"}, "the recipe flips"
+        config.hrl.estimator, config.stages = "reinforce", ("sp", "hrl")
         names = ablation_settings(config)["variants"]
         assert set(VARIANTS) - set(names) == {"reinforce", "no-sharpen", "dense"}
+
+    def test_of_a_recipe_that_samples(self) -> None:
+        assert changed("flip", RNN)[1] == ["stages", "hrl.estimator"]
+        assert changed("no-baseline", RNN)[0].hrl.policy_weight == 0.01, "the recipe's own"
 
 
 def names(children: list[Child]) -> list[str]:

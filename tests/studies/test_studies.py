@@ -497,7 +497,7 @@ class TestMistakes:
         [
             (("--only", "hrl,softy"), "unknown variant 'softy': did you mean soft"),
             (("--only", "hrl,hrl"), "only has hrl twice"),
-            (("--only", "no-sharpen", "--hrl.sharpen-to", "None"), "what this recipe does anyway"),
+            (("--only", "flip"), "flip is what this recipe does anyway"),
             (
                 ("--only", "sdv", "--hrl.target-compute", "None"),
                 "sdv skips at the rate of a target",

@@ -26,14 +26,14 @@ def cifar10_resnet38_rnn_short() -> TrainConfig:
     config.hrl = HybridConfig(
         epochs=6,
         optimizer=OptimizerConfig(
-            lr=0.3, gate_lr=0.1, nesterov=True, weight_decay=5e-4, clip_norm=5.0
+            lr=0.3, gate_lr=0.2, nesterov=True, weight_decay=5e-4, clip_norm=5.0
         ),
         schedule=ScheduleConfig(name="one-cycle", peak=0.02),
-        alpha=0.6,
-        target_compute=0.73,
-        target_ramp=0.2,
-        policy_weight=0.2,
-        sharpen_to=2.0,
+        alpha=0.0,
+        target_compute=0.58,
+        target_ramp=0.3,
+        estimator="flip",
+        diversity=0.1,
     )
     config.evaluate_every = 1
     return config

@@ -25,11 +25,15 @@ def digits() -> TrainConfig:
         hrl=HybridConfig(
             epochs=40,
             batch_size=64,
-            optimizer=OptimizerConfig(lr=0.02, nesterov=True, weight_decay=5e-4, clip_norm=5.0),
+            optimizer=OptimizerConfig(
+                lr=0.02, gate_lr=0.1, nesterov=True, weight_decay=5e-4, clip_norm=5.0
+            ),
             schedule=ScheduleConfig(name="cosine"),
+            alpha=0.0,
             target_compute=0.6,
-            policy_weight=0.1,
-            sharpen_to=2.0,
+            target_ramp=0.4,
+            estimator="flip",
+            diversity=0.1,
         ),
         evaluate_every=10,
         log_every=20,

@@ -19,6 +19,8 @@ Variant = Callable[[TrainConfig], TrainConfig]
 # SkipNet, section 3.1: gates I for networks of fewer layers, gates II for more.
 FF_LAYERS = 100
 RECALIBRATION_BATCHES = 50
+# What a recipe that flips gets where it is to sample (docs/log.md).
+SUITS_REINFORCE: dict[str, Any] = {"policy_weight": 0.2, "sharpen_to": 2.0}
 
 
 def hrl(config: TrainConfig) -> TrainConfig:
@@ -44,7 +46,7 @@ def soft(config: TrainConfig) -> TrainConfig:
 
 def pure_rl(config: TrainConfig) -> TrainConfig:
     """Rewards only: no gradient of the prediction loss, from random weights; as long as dense."""
-    config = no_sp(config)
+    config = no_sp(reinforce(config))
     return replace(config, hrl=replace(config.hrl, supervised_weight=0.0))
 
 
@@ -84,13 +86,15 @@ def gumbel(config: TrainConfig) -> TrainConfig:
 
 
 def fixed_alpha(config: TrainConfig) -> TrainConfig:
-    """The recipe's alpha to the end, no budget."""
-    return _hrl(config, target_compute=None)
+    """The recipe's alpha (or else the paper's 0.1) to the end, no budget."""
+    return _hrl(config, target_compute=None, alpha=config.hrl.alpha or 0.1)
 
 
 def reinforce(config: TrainConfig) -> TrainConfig:
     """The paper's estimator: all decisions of an image are sampled."""
-    return _hrl(config, estimator="reinforce")
+    if config.hrl.estimator == "reinforce":
+        return hrl(config)
+    return _hrl(config, estimator="reinforce", **SUITS_REINFORCE)
 
 
 def flip(config: TrainConfig) -> TrainConfig:
@@ -100,12 +104,12 @@ def flip(config: TrainConfig) -> TrainConfig:
 
 def no_baseline(config: TrainConfig) -> TrainConfig:
     """REINFORCE without a baseline."""
-    return _hrl(config, baseline="none")
+    return _hrl(reinforce(config), baseline="none")
 
 
 def no_sharpen(config: TrainConfig) -> TrainConfig:
-    """HRL begins with the logits as SP leaves them."""
-    return _hrl(config, sharpen_to=None)
+    """REINFORCE begins with the logits as SP leaves them."""
+    return _hrl(reinforce(config), sharpen_to=None)
 
 
 def no_landing(config: TrainConfig) -> TrainConfig:
