@@ -138,13 +138,13 @@ class RoutedConfig(StageConfig):
     """Share of dense multiply-adds to aim at: alpha is then driven to meet it."""
     target_ramp: float = 0.5
     """Share of the stage over which the target falls from the start's computation."""
-    alpha_rate: float = 0.01
+    alpha_rate: float = 0.03
     """Integral gain of the drive: alpha a step and unit of error."""
     alpha_damping: float = 3.0
     """Proportional gain of the drive: alpha a unit of error."""
     land: bool = True
-    """When the stage ends, shift all gates' logits by one number so that the computation on
-    training images meets target_compute."""
+    """When the stage ends within 5 points of target_compute, shift all gates' logits by one number
+    so that the computation on training images meets it."""
     costs: CostName = "uniform"
     """C_i: uniform (the paper's 1), or macs (each block's multiply-adds over their mean)."""
     diversity: float = 0.0

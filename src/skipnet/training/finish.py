@@ -45,7 +45,9 @@ def recalibrate(network: SkipNet, batches: Iterable[Tensor]) -> None:
             norm.load_state_dict(buffers, strict=False)
 
 
-def land(network: SkipNet, batches: Sequence[Tensor], target: float) -> float:
+def land(
+    network: SkipNet, batches: Sequence[Tensor], target: float, *, reach: float = 0.05
+) -> float:
     """Shift the logits of all gates by one number so that the computation meets a target.
 
     What training was driven to is met only roughly: the drive sees batches in training, and loses
@@ -56,6 +58,8 @@ def land(network: SkipNet, batches: Sequence[Tensor], target: float) -> float:
         network: Changed in place; it ends in evaluation mode.
         batches: Normalised images, [batch, channels, height, width], on the network's device.
         target: Share of the dense multiply-adds.
+        reach: From farther away nothing is changed: to close blocks that the network has not
+            learned to do without costs more accuracy than the target is worth.
 
     Returns:
         The computation on the batches afterwards, as a share of dense.
@@ -74,6 +78,8 @@ def land(network: SkipNet, batches: Sequence[Tensor], target: float) -> float:
         return mean_over_processes(own.mean())
 
     best, least, shift = 0.0, computation(), 0.0
+    if abs(least - target) > reach:
+        return least
     low, high = (-_FARTHEST, 0.0) if least > target else (0.0, _FARTHEST)
     for _ in range(_HALVINGS):
         if abs(least - target) <= CLOSE:

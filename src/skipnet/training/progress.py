@@ -79,6 +79,11 @@ class Progress:
                 highlight=False,
             )
 
+    def note(self, text: str) -> None:
+        """Print what the user should know of a result."""
+        if self.enabled:
+            self.console.print(text, highlight=False, soft_wrap=True)
+
     def stop(self) -> None:
         """End the live line."""
         if self._live is not None:

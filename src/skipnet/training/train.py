@@ -266,7 +266,12 @@ def _run_stage(
         steps = range(min(-(-LANDING_IMAGES // stage.batch_size), loader.steps_per_epoch))
         batches = [_layout(loader.batch(step)[0], config) for step in steps]
         _share_statistics(fabric, trained)
-        land(trained, batches, stage.target_compute)
+        landed = land(trained, batches, stage.target_compute)
+        if abs(landed - stage.target_compute) > MISSED:
+            progress.note(
+                f"{name:5s} ends at {100 * landed:.1f} % of the dense computation, off its target "
+                f"of {100 * stage.target_compute:.1f} %: train longer, or raise --{name}.alpha-rate"
+            )
     result = measure(trained)
     progress.finished(name, result, seconds)
     results: dict[str, Any] = {"evaluation": result.to_dict(), "seconds": seconds}
@@ -522,6 +527,9 @@ def _fabric(config: TrainConfig) -> "Fabric":
     fabric.launch()
     return fabric
 
+
+MISSED = 0.02
+"""So far off its target, as a share of dense, a stage says so."""
 
 LANDING_IMAGES = 2048
 """On so many training images the computation is made to meet its target."""
