@@ -32,6 +32,7 @@ def cifar10_resnet38_rnn_short() -> TrainConfig:
         alpha=0.0,
         target_compute=0.58,
         target_ramp=0.3,
+        alpha_rate=0.01,
         estimator="flip",
         diversity=0.1,
     )

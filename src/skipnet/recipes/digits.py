@@ -32,6 +32,7 @@ def digits() -> TrainConfig:
             alpha=0.0,
             target_compute=0.6,
             target_ramp=0.4,
+            alpha_rate=0.01,
             estimator="flip",
             diversity=0.1,
         ),
