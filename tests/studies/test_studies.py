@@ -229,6 +229,17 @@ class TestGoingOn:
         folder.rename("moved")
         assert cli.main(["sweep", "--resume", "moved"]) == 0
         assert results(Path("moved"))["missing"] == []
+        config = json.loads(Path("moved/seed0/target-0.5/config.json").read_text())
+        assert Path(config["start"]) == Path("moved/seed0/sp").absolute() or config["start"] == str(
+            Path("moved/seed0/sp")
+        )
+
+    @pytest.mark.usefixtures("stand_in")
+    def test_new_targets_of_a_resume_are_of_the_seeds_that_are_there(self) -> None:
+        folder = sweep("--targets", "0.5", "--seeds", "1,2", "--no-dense")
+        assert cli.main(["sweep", "--resume", "s", "--targets", "0.7"]) == 0
+        assert sorted(path.name for path in folder.glob("seed*")) == ["seed1", "seed2"]
+        assert (folder / "seed2" / "target-0.7").is_dir()
 
     @pytest.mark.usefixtures("stand_in")
     @pytest.mark.parametrize("half", ["nothing", "description", "empty run", "made run"])

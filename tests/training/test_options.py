@@ -8,9 +8,13 @@ from typing import Any
 import pytest
 import torch
 from harness import metrics, run_command, tiny_config, weights, write_cifar10
+from torch import Tensor
 
 import skipnet
-from skipnet import UserError
+from skipnet import SkipNet, UserError
+from skipnet.data.augment import normalize
+from skipnet.data.sources import load
+from skipnet.training import train as train_module
 from skipnet.training.config import HybridConfig, ModelConfig, SupervisedConfig
 
 
@@ -148,6 +152,45 @@ def test_recalibration_changes_statistics_alone(tmp_path: Path) -> None:
     )
 
 
+def test_lands_on_training_images_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An augmented image costs otherwise than the one that is tested on."""
+    landed: list[tuple[list[Tensor], float]] = []
+
+    def land(network: SkipNet, batches: list[Tensor], target: float) -> float:
+        landed.append((batches, target))
+        return target
+
+    monkeypatch.setattr("skipnet.training.train.land", land)
+    config = tiny_config(stages=("hrl",))
+    skipnet.train(config, output=tmp_path / "run")
+    (batches, target), images = landed[0], load(config.data)[0]
+    assert target == 0.6
+    _, info = skipnet.load(tmp_path / "run" / "hrl.safetensors")
+    expected = normalize(images.images, info.mean, info.std)
+    assert torch.equal(torch.cat(batches), expected)
+
+
+@pytest.mark.parametrize(
+    ("stages", "decide", "unused"),
+    [
+        (("dense",), "straight-through", False),
+        (("sp",), "straight-through", False),
+        (("sp",), "threshold", True),
+        (("sp",), "sample", True),
+        (("dense",), "sample", False),
+        (("hrl",), "straight-through", True),
+    ],
+)
+def test_which_runs_leave_parameters_without_gradient(
+    stages: Any, decide: Any, unused: bool
+) -> None:
+    config = tiny_config(stages=stages)
+    config.sp = replace(config.sp, decide=decide)
+    assert train_module._leaves_unused(config) == unused
+
+
 class TestTeacher:
     """Runs learn from another run's dense network."""
 
@@ -218,6 +261,12 @@ def test_a_target_out_of_reach_says_what_is_possible(
         (lambda: HybridConfig(iterations=1, supervised_weight=-1.0), "supervised_weight"),
         (lambda: ModelConfig(initial_keep=1.0), "initial_keep"),
         (lambda: ModelConfig(open_blocks=(1,)), "static"),
+        (lambda: tiny_config(model=ModelConfig(gate="static", open_blocks=(1,))), "open_blocks"),
+        (lambda: SupervisedConfig(iterations=1, alpha_rate=-1.0), "alpha_rate"),
+        (lambda: HybridConfig(iterations=1, alpha_damping=float("nan")), "alpha_damping"),
+        (lambda: HybridConfig(iterations=1, policy_weight=float("nan")), "policy_weight"),
+        (lambda: HybridConfig(iterations=1, beta=-1.0), "beta"),
+        (lambda: HybridConfig(iterations=1, entropy_bonus=float("inf")), "entropy_bonus"),
         (lambda: tiny_config(recalibrate=-1), "recalibrate"),
         (lambda: tiny_config(teacher_weight=2.0), "teacher_weight"),
         (lambda: tiny_config(teacher_temperature=0.0), "teacher_temperature"),

@@ -481,6 +481,22 @@ def test_information_by_hand(logits: list[list[float]]) -> None:
         assert -1e-6 <= value <= math.log(2) + 1e-6
 
 
+def test_a_negative_alpha_does_not_make_losses_welcome() -> None:
+    """beta = alpha / N (ImageNet), and a budget that pays for running blocks."""
+    budget = Budget(target=0.9, ramp_steps=0, rate=0.0, damping=1.0)
+    hybrid = Hybrid(beta=None, budget=budget, baseline="none", policy_weight=1.0)
+    hybrid.alpha = -2.0
+    network = small().eval()
+    metrics = hybrid(network, *batch(), 0)
+    # Only the cost is left in the returns: every decision to run is paid, whatever the loss.
+    returns = gate_returns(torch.tensor([0.1, 5.0]), torch.ones(2, 2), -2.0, 0.0)
+    assert torch.equal(returns[0], returns[1])
+    assert metrics["loss"].isfinite()
+    plain = Hybrid(beta=0.0, baseline="none")
+    plain.alpha = -2.0
+    assert metrics["loss"].item() == pytest.approx(plain(network, *batch(), 0)["loss"].item())
+
+
 # Budget.
 
 

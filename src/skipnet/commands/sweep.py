@@ -49,7 +49,8 @@ def sweep(
         there = Study.read(resume).settings
         no_dense = no_dense or not there.get("dense")
         if not asked["targets"] and not asked["alphas"]:
-            asked = {name: values or there.get(name, []) for name, values in asked.items()}
+            asked |= {name: there.get(name, []) for name in ("targets", "alphas")}
+        asked["seeds"] = asked["seeds"] or there.get("seeds", [])
     settings = sweep_settings(config, **asked, dense=not no_dense)
     return run_study(
         "sweep",

@@ -103,7 +103,7 @@ def create(
 
     Args:
         name: Name in the registry, see `list_models`.
-        gate: "rnn", "ff1", "ff2", or None for the dense network.
+        gate: "rnn", "ff1", "ff2", "static", or None for the dense network.
         num_classes: Number of classes; that of the data set the network is known for (10 or 1000)
             if not given.
         in_channels: Channels of the images.

@@ -186,6 +186,8 @@ def ablation_settings(
             f"ablations need the stages sp and hrl, and stages is {' '.join(config.stages)}"
         )
     trained = [name for name in VARIANTS if name != "dense" or name in config.stages]
+    if config.hrl.target_compute is None:  # At whose rate it would skip.
+        trained.remove("sdv")
     names = list(only) or [name for name in trained if not _same(config, name)]
     for name in distinct("only", names):
         if name not in VARIANTS:

@@ -183,13 +183,15 @@ class Study:
             UserError: When it is of another configuration, or cannot be made.
         """
         path = self.path / child.name
+        start = child.config.start if child.after is None else self.path / child.after
+        config = dataclasses.replace(child.config, start=start)
         if not (path / "config.json").exists():
-            start = child.config.start if child.after is None else self.path / child.after
-            RunDirectory.create(dataclasses.replace(child.config, start=start), path)
+            RunDirectory.create(config, path)
             return path
-        # A study that was moved finds its weights elsewhere.
         run, saved = RunDirectory.open(path)
-        run.demand_same(dataclasses.replace(child.config, start=saved.start))
+        run.demand_same(dataclasses.replace(config, start=saved.start))
+        if saved.start != start:  # The study was moved, and its weights with it.
+            run.write_config(config)
         return path
 
 

@@ -96,7 +96,7 @@ class Hybrid:
         ):
             if value not in get_args(kind):
                 raise UserError(f"{value!r} is not one of {', '.join(get_args(kind))}")
-        if baseline == "leave-one-out" and samples < 2:
+        if baseline == "leave-one-out" and samples < 2 and estimator == "reinforce":
             raise UserError("the leave-one-out baseline needs at least 2 samples an image")
         if samples < 1 or alpha < 0:
             raise UserError(f"samples is at least 1, alpha at least 0, not {samples} and {alpha}")
@@ -134,9 +134,12 @@ class Hybrid:
         losses = self.criterion(logits, images, labels)
         costs = block_costs(routing.cost, self.costs).to(losses, non_blocking=True)
         alpha = self.alpha
-        beta = alpha / len(costs) if self.beta is None else self.beta
+        # A budget may drive alpha below zero; a loss is never to be wished for.
+        beta = max(0.0, alpha) / len(costs) if self.beta is None else self.beta
         if self.estimator == "flip":
-            policy = self._flip(model, images, labels, routing, losses, costs, beta, generator)
+            policy = self._flip(
+                model, images, labels, routing, losses, costs, beta, generator, execute
+            )
         else:
             returns = gate_returns(losses, skip_rewards(routing.decisions, costs), alpha, beta)
             advantages = returns - self._baseline(model, images, labels, returns, costs, beta)
@@ -172,6 +175,7 @@ class Hybrid:
         costs: Tensor,
         beta: float,
         generator: torch.Generator,
+        execute: ExecutorName,
     ) -> Tensor:
         """What one gate an image would have changed, and the loss that it learns by."""
         rows, num_gates = routing.decisions.shape
@@ -179,7 +183,7 @@ class Hybrid:
             images.device
         )
         with torch.no_grad(), _untracked(model):
-            logits, other = model(images, decide=Flip(gates), execute="compacted")
+            logits, other = model(images, decide=Flip(gates), execute=execute)
             other_losses = self.criterion(logits, images, labels)
             price = self.alpha / num_gates
             spent = ((other.decisions - routing.decisions) * costs).sum(dim=1)

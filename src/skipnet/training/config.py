@@ -160,8 +160,7 @@ class RoutedConfig(StageConfig):
             raise UserError(f"target_compute must lie in (0, 1], not {self.target_compute}")
         if not 0 <= self.target_ramp <= 1:
             raise UserError(f"target_ramp must lie in [0, 1], not {self.target_ramp}")
-        if not 0 <= self.diversity < math.inf:
-            raise UserError(f"diversity must be at least 0, not {self.diversity}")
+        _at_least_0(self, "alpha_rate", "alpha_damping", "diversity")
 
 
 @dataclass(kw_only=True)
@@ -212,12 +211,15 @@ class HybridConfig(RoutedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.supervised_weight < 0:
-            raise UserError(f"supervised_weight must be at least 0, not {self.supervised_weight}")
+        _at_least_0(self, "policy_weight", "supervised_weight")
+        if self.beta is not None:
+            _at_least_0(self, "beta")
+        if not math.isfinite(self.entropy_bonus):
+            raise UserError(f"entropy_bonus must be finite, not {self.entropy_bonus}")
         _positive(self, "samples")
         if self.sharpen_to is not None:
             _positive(self, "sharpen_to")
-        if self.baseline == "leave-one-out" and self.samples < 2:
+        if self.baseline == "leave-one-out" and self.samples < 2 and self.estimator != "flip":
             raise UserError("baseline leave-one-out needs samples of at least 2")
 
 
@@ -301,6 +303,13 @@ class TrainConfig:
             _positive(self, "evaluate_every")
         if self.checkpoint_seconds < 0:
             raise UserError(f"checkpoint_seconds must be at least 0, not {self.checkpoint_seconds}")
+        if self.model.open_blocks is not None and (
+            "hrl" in self.stages or ("sp" in self.stages and self.sp.decide != "threshold")
+        ):
+            raise UserError(
+                "open_blocks trains a fixed subset of blocks, with nothing that moves the gates: "
+                "use it with --sp.decide threshold and without the stage hrl"
+            )
         if self.recalibrate < 0:
             raise UserError(f"recalibrate must be at least 0 batches, not {self.recalibrate}")
         if not 0 <= self.teacher_weight <= 1:
@@ -371,6 +380,12 @@ def _choices(config: Any) -> None:
             raise UserError(
                 f"{name} is {getattr(config, name)!r}: use one of {', '.join(get_args(hint))}"
             )
+
+
+def _at_least_0(config: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) < math.inf:
+            raise UserError(f"{name} must be at least 0, not {getattr(config, name)}")
 
 
 def _positive(config: Any, name: str) -> None:

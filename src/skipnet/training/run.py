@@ -62,8 +62,12 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"cannot make the run directory {path}: {error.strerror}") from None
         run = RunDirectory(path)
-        run._write_json("config.json", to_dict(config))
+        run.write_config(config)
         return run
+
+    def write_config(self, config: TrainConfig) -> None:
+        """Write the configuration that the run is to be resumed with."""
+        self._write_json("config.json", to_dict(config))
 
     def record_environment(self) -> None:
         """Write versions, commit and hardware of the run's beginning, once."""

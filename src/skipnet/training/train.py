@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from skipnet.analysis.evaluate import Evaluation, evaluate, throughput
+from skipnet.data.augment import normalize
 from skipnet.data.images import Images
 from skipnet.data.loaders import TrainLoader
 from skipnet.data.sources import load, normalization
@@ -89,7 +90,6 @@ def train(
 
     training_set, test_set = load(config.data)
     info = network_info(config, training_set)
-    teacher = _teacher(config, info, fabric.device)
     for name in config.stages:
         if config.compile and not _compilable(config.stage(name), name):
             warnings.warn(f"compile has no effect on {name}: {_WHY_NOT}", stacklevel=2)
@@ -97,6 +97,9 @@ def train(
     # A target out of reach, a batch that is too large, or weights that do not fit are told before a
     # directory is made.
     demand_possible(config, info, start=resume is None)
+    teacher = load_teacher(config, info)
+    if teacher is not None:
+        teacher.to(fabric.device)
     loaders = {name: _loader(fabric, config, name, info, training_set) for name in config.stages}
     run = _run_directory(fabric, config, output, resume)
     if config.tensorboard and fabric.is_global_zero:
@@ -172,6 +175,7 @@ def demand_possible(config: TrainConfig, info: ModelInfo, *, start: bool) -> Non
             _demand_reachable(config.stage(name), network.cost(channels, *info.image_size))
     if start and config.start is not None:
         _start_weights(config.start, config.stages[0], info)
+    load_teacher(config, info)
 
 
 def results_table(results: dict[str, Any], config: TrainConfig) -> Table:
@@ -263,10 +267,8 @@ def _run_stage(
         steps = range(min(config.recalibrate, loader.steps_per_epoch))
         recalibrate(trained, (_layout(loader.batch(step)[0], config) for step in steps))
     if isinstance(stage, RoutedConfig) and stage.target_compute is not None and stage.land:
-        steps = range(min(-(-LANDING_IMAGES // stage.batch_size), loader.steps_per_epoch))
-        batches = [_layout(loader.batch(step)[0], config) for step in steps]
         _share_statistics(fabric, trained)
-        landed = land(trained, batches, stage.target_compute)
+        landed = land(trained, _landing_batches(config, loader, info), stage.target_compute)
         if abs(landed - stage.target_compute) > MISSED:
             progress.note(
                 f"{name:5s} ends at {100 * landed:.1f} % of the dense computation, off its target "
@@ -285,6 +287,14 @@ def _run_stage(
     else:
         run.results[name] = results
     fabric.barrier()
+
+
+def _landing_batches(config: TrainConfig, loader: TrainLoader, info: ModelInfo) -> list[Tensor]:
+    """Training images, evenly spread, prepared as for testing: an augmented one costs otherwise."""
+    count = len(loader.images)
+    rows = torch.linspace(0, count - 1, min(count, LANDING_IMAGES)).long()
+    pixels = normalize(loader.images.take(rows), info.mean, info.std)
+    return [_layout(part, config) for part in pixels.split(256)]
 
 
 def _share_statistics(fabric: "Fabric", model: SkipNet) -> None:
@@ -363,8 +373,12 @@ def _layout(images: Tensor, config: TrainConfig) -> Tensor:
     return images.to(memory_format=torch.channels_last) if config.channels_last else images
 
 
-def _teacher(config: TrainConfig, info: ModelInfo, device: torch.device) -> SkipNet | None:
-    """The network that sp and hrl learn from, checked against the data."""
+def load_teacher(config: TrainConfig, info: ModelInfo) -> SkipNet | None:
+    """Read the network that sp and hrl learn from.
+
+    Raises:
+        UserError: When there is none, or it is of other data.
+    """
     if config.teacher is None:
         return None
     path = config.teacher
@@ -383,7 +397,7 @@ def _teacher(config: TrainConfig, info: ModelInfo, device: torch.device) -> Skip
             )
     if config.channels_last:
         teacher.to(memory_format=torch.channels_last)
-    return teacher.to(device).requires_grad_(False)
+    return teacher.requires_grad_(False)
 
 
 def _open_gates(network: SkipNet, config: ModelConfig) -> None:
@@ -502,6 +516,12 @@ def _measure_throughput(
     run.write_results()
 
 
+def _leaves_unused(config: TrainConfig) -> bool:
+    """Whether a block that no row of a batch runs, or a gate, has no gradient on a process."""
+    without_gates = "sp" in config.stages and config.sp.decide in ("sample", "threshold")
+    return "hrl" in config.stages or without_gates
+
+
 def _fabric(config: TrainConfig) -> "Fabric":
     """One process on one device, or what torchrun started."""
     from lightning_fabric import Fabric
@@ -520,8 +540,7 @@ def _fabric(config: TrainConfig) -> "Fabric":
             accelerator=config.accelerator,
             devices=local,
             num_nodes=int(os.environ["WORLD_SIZE"]) // local,
-            # A block that no row of a batch runs has no gradient on that process.
-            strategy=DDPStrategy(find_unused_parameters="hrl" in config.stages),
+            strategy=DDPStrategy(find_unused_parameters=_leaves_unused(config)),
             precision=config.precision,
         )
     fabric.launch()
