@@ -134,7 +134,10 @@ class TestFlags:
             (("--dense.batch-size", "0"), "batch_size must be above 0"),
             (("--dense.batch-size", "many"), "many"),
             (("--dense.iterations", "5"), "set the other to None"),
-            (("--hrl.baseline", "leave-one-out"), "needs samples of at least 2"),
+            (
+                ("--hrl.estimator", "reinforce", "--hrl.baseline", "leave-one-out"),
+                "needs samples of at least 2",
+            ),
             (("--sp.optimizer.lr", "-1"), "lr must be above 0"),
             (("--sp.optimizer.momentum", "0"), "nesterov needs momentum"),
             (("--sp.schedule.name", "cosin"), "cosin"),
