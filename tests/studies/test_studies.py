@@ -235,6 +235,14 @@ class TestGoingOn:
         )
 
     @pytest.mark.usefixtures("stand_in")
+    def test_the_dense_run_of_a_sweep_is_not_left_out_later(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        sweep("--targets", "0.5")
+        assert cli.main(["sweep", "--resume", "s", "--no-dense"]) == 2
+        assert "s was started with dense: go on with it so" in capsys.readouterr().err
+
+    @pytest.mark.usefixtures("stand_in")
     def test_new_targets_of_a_resume_are_of_the_seeds_that_are_there(self) -> None:
         folder = sweep("--targets", "0.5", "--seeds", "1,2", "--no-dense")
         assert cli.main(["sweep", "--resume", "s", "--targets", "0.7"]) == 0

@@ -21,6 +21,7 @@ from harness import (
 )
 
 import skipnet
+from skipnet.models.weights import read_tensors
 from skipnet.training.loop import StopRequest
 
 # Steps are counted through all stages: 1 to 6 are dense, 7 to 12 SP, and 13 to 18 HRL. The HRL
@@ -56,14 +57,16 @@ def test_killed_at_a_step(uninterrupted: Path, tmp_path: Path, call: int) -> Non
 @pytest.mark.parametrize(
     ("function", "call"),
     [
-        # Files are replaced in this order: config, environment; 5 checkpoints, dense.safetensors,
+        # Files are replaced in this order: config, environment; 6 checkpoints, dense.safetensors,
         # model.safetensors, results.json; metrics.jsonl as SP begins, and so on.
         ("os:replace", 3),  # the first checkpoint is written, not yet in its place
-        ("os:replace", 8),  # dense.safetensors
-        ("os:replace", 9),  # model.safetensors
-        ("os:replace", 10),  # results.json
-        ("pathlib:Path.unlink", 11),  # the checkpoint of a finished stage
-        ("os:replace", 26),  # HRL's first checkpoint
+        ("os:replace", 9),  # dense.safetensors
+        ("os:replace", 10),  # model.safetensors
+        ("os:replace", 11),  # results.json
+        ("pathlib:Path.unlink", 12),  # the checkpoint of a finished stage
+        ("os:replace", 23),  # HRL's first checkpoint
+        ("skipnet.training.train:land", 1),  # all steps of a stage are done
+        ("os:replace", 29),  # hrl.safetensors
         ("skipnet.training.run:RunDirectory.log", 5),
         ("skipnet.training.train:_measure_throughput", 1),  # all stages are finished
     ],
@@ -74,6 +77,14 @@ def test_killed_between_two_files(
     killed = Command(train(tmp_path), tmp_path, before=[Trap(function, call)])
     assert killed.wait() == -signal.SIGKILL
     assert_same_run(resume(tmp_path), uninterrupted)
+
+
+def test_the_steps_of_a_stage_are_not_repeated_for_what_follows_them(tmp_path: Path) -> None:
+    trap = Trap("skipnet.training.train:land", 1)
+    killed = Command(train(tmp_path), tmp_path, before=[trap])
+    assert killed.wait() == -signal.SIGKILL
+    _, state = read_tensors(tmp_path / RUN / "checkpoint.safetensors")
+    assert (state["stage"], state["step"]) == ("hrl", 6)
 
 
 def test_killed_again_and_again(uninterrupted: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import tyro
 from rich.console import Console
 
+from skipnet.commands.train import resume_argument
 from skipnet.data.sources import load
 from skipnet.errors import Interrupted, UserError
 from skipnet.models.registry import Architecture
@@ -44,7 +45,13 @@ def read_arguments(
         print(_usage(command, example, lists or {}))
         return
     if words[0].startswith("-"):
-        config, title = Study.read(_resume_argument(name, words)).config, "--resume"
+        resume, title = resume_argument(words), "--resume"
+        if resume is None:
+            raise UserError(
+                f"{name} needs a recipe ({', '.join(list_recipes())}) or --resume DIR; see "
+                f"skipnet {name} -h"
+            )
+        config = Study.read(resume).config
     else:
         config, title, words = recipe(words[0]), words[0], words[1:]
 
@@ -204,18 +211,6 @@ def _report(path: Path, failures: Sequence[Failure]) -> None:
             print(f"  {line}", file=sys.stderr)
         if failure.code is not None:
             print(f"  (log: {path / failure.name}.log)", file=sys.stderr)
-
-
-def _resume_argument(name: str, words: Sequence[str]) -> Path:
-    for index, word in enumerate(words):
-        if word == "--resume" and index + 1 < len(words):
-            return Path(words[index + 1])
-        if word.startswith("--resume="):
-            return Path(word.removeprefix("--resume="))
-    raise UserError(
-        f"{name} needs a recipe ({', '.join(list_recipes())}) or --resume DIR; see skipnet {name} "
-        "-h"
-    )
 
 
 def _usage(

@@ -35,7 +35,12 @@ def main(words: Sequence[str]) -> None:
         print(_train_usage())
         return
     if words[0].startswith("-"):
-        resume = _resume_argument(words)
+        resume = resume_argument(words)
+        if resume is None:
+            raise UserError(
+                "train needs a recipe (digits, for instance) or --resume RUN; see skipnet list "
+                "recipes"
+            )
         _, config = RunDirectory.open(resume)
         title = "--resume"
     else:
@@ -55,15 +60,14 @@ def main(words: Sequence[str]) -> None:
     tyro.cli(command, prog=f"skipnet train {title}", args=words)
 
 
-def _resume_argument(words: Sequence[str]) -> Path:
+def resume_argument(words: Sequence[str]) -> Path | None:
+    """Return the directory after --resume, None if there is none."""
     for index, word in enumerate(words):
         if word == "--resume" and index + 1 < len(words):
             return Path(words[index + 1])
         if word.startswith("--resume="):
             return Path(word.removeprefix("--resume="))
-    raise UserError(
-        "train needs a recipe (digits, for instance) or --resume RUN; see skipnet list recipes"
-    )
+    return None
 
 
 def _train_usage() -> str:

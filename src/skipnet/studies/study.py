@@ -221,6 +221,12 @@ def study_of(path: Path, kind: str, config: TrainConfig, settings: Settings) -> 
             raise UserError(
                 f"{path} was started with {one}, not {other}: name another directory with --output"
             )
+    for name, value in settings.items():
+        if value is False and there.settings.get(name):
+            raise UserError(
+                f"{path} was started with {name}: go on with it so, or name another directory with "
+                "--output"
+            )
     joined = {name: _join(there.settings.get(name), value) for name, value in settings.items()}
     return dataclasses.replace(there, settings=joined)
 

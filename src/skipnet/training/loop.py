@@ -205,7 +205,7 @@ def fit(
                 run.log({"stage": name, "step": done, "evaluation": result.to_dict()})
             progress.evaluated(done, total, result)
             last_logged += time.monotonic() - now
-        if (saving or stopping) and done < total:
+        if saving or stopping or done == total:  # What follows a stage's last step takes a while.
             checkpoint(done)
             last_saved = time.monotonic()
         if stopping and done < total:  # Else the stage is complete, and the next one will stop.
