@@ -37,7 +37,7 @@ from skipnet.training.run import environment
 Stage = Literal["dense", "sp", "hrl"]
 STAGES: tuple[Stage, ...] = ("dense", "sp", "hrl")
 TARGETS = {"sp": 1.15, "hrl": 0.80}
-"""What a step may take of the dense one: issue 4."""
+"""What a step may take of the dense one, at most: the aims."""
 
 WARM_UP = 2
 PAUSE_SECONDS = 0.01

@@ -15,6 +15,10 @@ from skipnet.training.config import StageConfig, from_dict, to_dict
 from skipnet.training.schedule import learning_rate_factor
 
 # SkipNet, sections 4.1 and 4.2: networks and gates; feed-forward gates II are for deep networks.
+SHORT = {
+    "cifar10-resnet20-rnn-short": "cifar_resnet20",
+    "cifar10-resnet38-rnn-short": "cifar_resnet38",
+}
 PAPER = [
     (f"{data}-resnet{depth}-{kind}", data, depth, gate)
     for data, depths in (
@@ -130,7 +134,7 @@ def test_stages_share_nothing(name: str) -> None:
 def test_all_are_listed() -> None:
     names = skipnet.list_recipes()
     assert names[0] == "digits" and len(set(names)) == len(names)
-    assert set(names) == {"digits", "cifar10-resnet38-rnn-short"} | {name for name, *_ in PAPER}
+    assert set(names) == {"digits", *SHORT} | {name for name, *_ in PAPER}
 
 
 def test_families_are_the_names_put_together() -> None:
@@ -238,9 +242,12 @@ def test_the_papers_schedule_of_imagenet(name: str) -> None:
     assert config.hrl.total_steps(per_epoch) == 40 * per_epoch
 
 
-def test_short_recipe_differs_in_the_schedule_alone() -> None:
-    short, paper = recipe("cifar10-resnet38-rnn-short"), recipe("cifar10-resnet38-rnn")
-    assert short.model == paper.model and short.data == paper.data
+@pytest.mark.parametrize(("name", "network"), SHORT.items())
+def test_short_recipes_differ_in_the_schedule_alone(name: str, network: str) -> None:
+    short, paper = recipe(name), recipe("cifar10-resnet38-rnn")
+    assert short.recipe == name
+    assert short.model == replace(paper.model, name=network)
+    assert short.data == paper.data
     assert short.hrl.target_compute is not None
     epochs = [short.stage(stage).epochs for stage in short.stages]
     assert None not in epochs and sum(epochs) < 30

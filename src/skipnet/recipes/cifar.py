@@ -11,6 +11,13 @@ from skipnet.training.config import (
 )
 
 
+def cifar10_resnet20_rnn_short() -> TrainConfig:
+    """ResNet-20 with recurrent gates on CIFAR-10 in about 40 minutes of two CPU cores."""
+    config = cifar10_resnet38_rnn_short()
+    config.recipe, config.model.name = "cifar10-resnet20-rnn-short", "cifar_resnet20"
+    return config
+
+
 def cifar10_resnet38_rnn_short() -> TrainConfig:
     """ResNet-38 with recurrent gates on CIFAR-10 in about 75 minutes of two CPU cores."""
     config = paper("cifar10", 38, "rnn")
