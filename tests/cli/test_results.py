@@ -23,10 +23,11 @@ def results() -> ModuleType:
     return module
 
 
-def test_readme_tables_are_those_of_their_files(results: ModuleType) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(results.TABLE.findall(text)) >= 2
-    assert results.with_tables(text) == text
+@pytest.mark.parametrize(("page", "least"), [("README.md", 3), ("benchmarks/README.md", 1)])
+def test_tables_are_those_of_their_files(results: ModuleType, page: str, least: int) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert len(results.TABLE.findall(text)) >= least
+    assert results.with_tables(ROOT / page) == text
 
 
 def test_collected_runs_of_two_seeds_make_a_table_with_spread(
@@ -50,7 +51,7 @@ def test_collected_runs_of_two_seeds_make_a_table_with_spread(
     collected = json.loads(out.read_text(encoding="utf-8"))
     assert [run["seed"] for run in collected["runs"]] == [0, 1]
     accuracies = [run["results"]["dense"]["evaluation"]["accuracy"] for run in collected["runs"]]
-    table = results.table(out)
+    table = results.table(out, tmp_path)
     assert f"{sum(accuracies) / 2:.2f} ± " in table
     assert "seed 0, 1" in table
 
@@ -67,3 +68,15 @@ def test_runs_of_different_recipes_are_not_collected(results: ModuleType, tmp_pa
     skipnet.train(replace(config, log_every=7), output=tmp_path / "two")
     with pytest.raises(SystemExit, match="more than their seed"):
         results.collect((tmp_path / "one", tmp_path / "two"), out=tmp_path / "out.json")
+
+
+def test_a_study_is_kept_whole_or_not_at_all(results: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_text("{}")
+    found = {"kind": "sweep", "runs": [], "missing": ["seed0/target-0.5"]}
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    with pytest.raises(SystemExit, match=r"lacks seed0/target-0\.5: go on with it"):
+        results.collect((tmp_path,), out=tmp_path / "out.json")
+    found["missing"] = []
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    results.collect((tmp_path,), out=tmp_path / "out.json")
+    assert json.loads((tmp_path / "out.json").read_text()) == found

@@ -14,8 +14,8 @@ import skipnet
 from skipnet import SkipNet, UserError
 from skipnet.data.augment import normalize
 from skipnet.data.sources import load
-from skipnet.training import train as train_module
 from skipnet.training.config import HybridConfig, ModelConfig, SupervisedConfig
+from skipnet.training.processes import leaves_unused
 
 
 def results(run: Path) -> dict[str, Any]:
@@ -188,7 +188,24 @@ def test_which_runs_leave_parameters_without_gradient(
 ) -> None:
     config = tiny_config(stages=stages)
     config.sp = replace(config.sp, decide=decide)
-    assert train_module._leaves_unused(config) == unused
+    assert leaves_unused(config) == unused
+
+
+@pytest.mark.parametrize(
+    ("stages", "changes", "warning"),
+    [
+        (("dense",), {"recalibrate": 2}, "recalibrate has no effect: the stage dense has no gates"),
+        (("hrl",), {"hrl": {"estimator": "flip", "baseline": "greedy"}}, "hrl.baseline has no eff"),
+    ],
+)
+def test_what_has_no_effect_is_said(
+    tmp_path: Path, stages: Any, changes: dict[str, Any], warning: str
+) -> None:
+    config = tiny_config(stages=stages)
+    if "hrl" in changes:
+        changes = {"hrl": replace(config.hrl, **changes["hrl"])}
+    with pytest.warns(UserWarning, match=warning):
+        skipnet.train(replace(config, **changes), output=tmp_path / "run")
 
 
 class TestTeacher:
@@ -219,7 +236,7 @@ class TestTeacher:
         config = tiny_config(stages=("dense",))
         config.data = replace(config.data, name=str(write_cifar10(tmp_path / "data")))
         skipnet.train(config, output=tmp_path / "dense")
-        with pytest.raises(UserError, match="has other classes than the data"):
+        with pytest.raises(UserError, match="trained on other data: .*its classes are"):
             skipnet.train(tiny_config(teacher=tmp_path / "dense"), output=tmp_path / "run")
         assert not (tmp_path / "run").exists()
 

@@ -214,7 +214,6 @@ def fit(
                 f"stopped in stage {name} at step {done} of {total}; continue with: "
                 f"{resume_command(run)}"
             )
-    progress.stop()
     return _trained(network, average), before + time.monotonic() - began
 
 

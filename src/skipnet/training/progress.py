@@ -33,9 +33,15 @@ class Progress:
         self._name, self._first, self._total = name, first, total
         self._started = time.monotonic()
         self._refreshed = 0.0
+        self.stop()
         if self.enabled and sys.stdout.isatty():
             self._live = Live(console=self.console, transient=True, auto_refresh=False)
             self._live.start()
+
+    def doing(self, text: str) -> None:
+        """Draw the live line while there are no steps: what takes a while after them."""
+        if self._live is not None:
+            self._live.update(Text(text), refresh=True)
 
     def due(self) -> bool:
         """Whether the live line is old enough to be drawn again."""
@@ -71,7 +77,8 @@ class Progress:
             )
 
     def finished(self, name: str, result: Evaluation, seconds: float) -> None:
-        """Print the result of a whole stage."""
+        """Print the result of a whole stage, and end its live line."""
+        self.stop()
         if self.enabled:
             self.console.print(
                 f"{name:5s} finished  test accuracy {result.accuracy:.2f} %  "

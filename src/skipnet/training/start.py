@@ -1,13 +1,15 @@
-"""Weights of an earlier run that a run's first stage starts from."""
+"""What is there before a stage's first step: weights, a teacher, and how gates begin."""
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from skipnet.errors import UserError
 from skipnet.models.weights import ModelInfo, load
+from skipnet.routing.gates import StaticGate
 from skipnet.routing.network import SkipNet
-from skipnet.training.config import StageName
+from skipnet.training.config import ModelConfig, StageName, TrainConfig
 from skipnet.training.run import RunDirectory
 
 # Which models of a run directory a stage starts from: the first of them that is there.
@@ -18,6 +20,8 @@ _PREDECESSORS: dict[StageName, tuple[StageName, ...]] = {
 }
 # Two ways to sum up the same pixels differ by less than this; a grey level is 0.004.
 _SAME_STATISTICS = 1e-3
+CERTAIN = 8.0
+"""Logit of a static gate that is not to change its mind."""
 
 
 def locate_start(start: Path, stage: StageName) -> Path:
@@ -65,24 +69,11 @@ def start_weights(path: Path, info: ModelInfo, *, gated: bool) -> dict[str, Tens
     network, found = load(path)
     theirs, own = found.architecture, info.architecture
     gate = own.gate if gated else None
-    wrong = []
-    for what, one, other in (
-        ("network", theirs.name, own.name),
-        ("number of channels", theirs.in_channels, own.in_channels),
-        ("gate", theirs.gate, gate),
-    ):
-        if one != other and not (what == "gate" and one is None):
-            wrong.append(f"its {what} is {one}, not {other}")
-    if found.classes != info.classes:
-        wrong.append(f"its classes are {_listed(found.classes)}, not {_listed(info.classes)}")
-    for what, values, expected in (("mean", found.mean, info.mean), ("std", found.std, info.std)):
-        if len(values) == len(expected) and not all(
-            abs(a - b) < _SAME_STATISTICS for a, b in zip(values, expected, strict=True)
-        ):
-            wrong.append(
-                f"its images were normalised by {what} {_rounded(values)}, not "
-                f"{_rounded(expected)} (set --data.mean and --data.std to what it had)"
-            )
+    wrong = [
+        f"its {what} is {one}, not {other}"
+        for what, one, other in (("network", theirs.name, own.name), ("gate", theirs.gate, gate))
+        if one != other and not (what == "gate" and one is None)
+    ] + _other_data(found, info)
     if wrong:
         raise UserError(f"cannot start from {path}: {'; '.join(wrong)}")
     return network.state_dict()
@@ -92,6 +83,76 @@ def load_start(network: SkipNet, weights: dict[str, Tensor]) -> None:
     """Copy weights that `start_weights` has read; gates that they lack stay as they are."""
     missing = network.load_state_dict(weights, strict=False).missing_keys
     assert all(name.startswith("gate.") for name in missing)
+
+
+def load_teacher(config: TrainConfig, info: ModelInfo) -> SkipNet | None:
+    """Read the network that sp and hrl learn from, if there is one.
+
+    Raises:
+        UserError: When it cannot be read, or is of other data.
+    """
+    if config.teacher is None:
+        return None
+    path = config.teacher
+    if path.is_dir():
+        path = RunDirectory.open(path)[0].model_path("dense")
+    teacher, found = load(path)
+    wrong = _other_data(found, info)
+    if wrong:
+        raise UserError(f"the teacher {path} was trained on other data: {'; '.join(wrong)}")
+    if config.channels_last:
+        teacher.to(memory_format=torch.channels_last)
+    return teacher.requires_grad_(False)
+
+
+def open_gates(network: SkipNet, config: ModelConfig) -> None:
+    """Start the gates as the configuration says.
+
+    Raises:
+        UserError: When it names blocks that are not there.
+    """
+    if network.gate is None:
+        return
+    if config.open_blocks is None:
+        network.gate.set_keep_(config.initial_keep)
+        return
+    assert isinstance(network.gate, StaticGate)
+    if any(not 0 <= block < network.num_gates for block in config.open_blocks):
+        raise UserError(
+            f"open_blocks names gated blocks from 0 to {network.num_gates - 1}, not "
+            f"{' '.join(map(str, config.open_blocks))}"
+        )
+    with torch.no_grad():
+        network.gate.logits.fill_(-CERTAIN)
+        network.gate.logits[list(config.open_blocks)] = CERTAIN
+
+
+def sharpen(network: SkipNet, images: Tensor, magnitude: float) -> None:
+    """Scale the logits of all gates by one factor, up to a mean magnitude on some images."""
+    assert network.gate is not None
+    network.eval()
+    with torch.no_grad():
+        _, routing = network(images, execute="compacted")
+    mean = routing.logits.abs().mean().item()
+    if 0 < mean < magnitude:
+        network.gate.scale_logits_(magnitude / mean)
+
+
+def _other_data(found: ModelInfo, own: ModelInfo) -> list[str]:
+    """In what the images of a model file differ from those of a network to train."""
+    theirs, ours = found.architecture.in_channels, own.architecture.in_channels
+    wrong = [] if theirs == ours else [f"its number of channels is {theirs}, not {ours}"]
+    if found.classes != own.classes:
+        wrong.append(f"its classes are {_listed(found.classes)}, not {_listed(own.classes)}")
+    for what, values, expected in (("mean", found.mean, own.mean), ("std", found.std, own.std)):
+        if len(values) == len(expected) and not all(
+            abs(a - b) < _SAME_STATISTICS for a, b in zip(values, expected, strict=True)
+        ):
+            wrong.append(
+                f"its images were normalised by {what} {_rounded(values)}, not "
+                f"{_rounded(expected)} (set --data.mean and --data.std to what it had)"
+            )
+    return wrong
 
 
 def _listed(classes: tuple[str, ...]) -> str:

@@ -23,17 +23,10 @@ from skipnet.models.weights import ModelInfo, load_weights, read_tensors, save
 from skipnet.models.weights import load as load_model
 from skipnet.routing.cost import Cost
 from skipnet.routing.decisions import Decision, Sample
-from skipnet.routing.gates import StaticGate
 from skipnet.routing.network import SkipNet
-from skipnet.seeding import EVALUATION, RANK, WEIGHTS, sub_seed
-from skipnet.tasks.budget import SMOOTHING, Budget
-from skipnet.tasks.criterion import Criterion
-from skipnet.tasks.hybrid import Hybrid
-from skipnet.tasks.supervised import Supervised
-from skipnet.tasks.task import Task
+from skipnet.seeding import EVALUATION, WEIGHTS, sub_seed
 from skipnet.training.config import (
     HybridConfig,
-    ModelConfig,
     RoutedConfig,
     StageConfig,
     StageName,
@@ -42,9 +35,18 @@ from skipnet.training.config import (
 )
 from skipnet.training.finish import land, recalibrate
 from skipnet.training.loop import StopRequest, fit, resume_command
+from skipnet.training.objective import stage_task
+from skipnet.training.processes import all_rows, launch, share_statistics
 from skipnet.training.progress import Progress
 from skipnet.training.run import RunDirectory
-from skipnet.training.start import load_start, locate_start, start_weights
+from skipnet.training.start import (
+    load_start,
+    load_teacher,
+    locate_start,
+    open_gates,
+    sharpen,
+    start_weights,
+)
 
 if TYPE_CHECKING:  # Fabric takes as long to import as torch does; only training needs it
     from lightning_fabric import Fabric
@@ -84,15 +86,14 @@ def train(
     elif config.start is not None:
         locate_start(config.start, config.stages[0])
     Architecture(name=config.model.name, gate=config.model.gate).demand_known()
-    fabric = _fabric(config)
+    fabric = launch(config)
     console = console or Console(highlight=False)
     progress = Progress(console, enabled=fabric.is_global_zero)
 
     training_set, test_set = load(config.data)
     info = network_info(config, training_set)
-    for name in config.stages:
-        if config.compile and not _compilable(config.stage(name), name):
-            warnings.warn(f"compile has no effect on {name}: {_WHY_NOT}", stacklevel=2)
+    for idle in _without_effect(config):
+        warnings.warn(idle, stacklevel=2)
     training_set, test_set = training_set.to(fabric.device), test_set.to(fabric.device)
     # A target out of reach, a batch that is too large, or weights that do not fit are told before a
     # directory is made.
@@ -170,7 +171,7 @@ def demand_possible(config: TrainConfig, info: ModelInfo, *, start: bool) -> Non
     """
     if set(config.stages) & {"sp", "hrl"}:
         channels, network = info.architecture.in_channels, info.architecture.build()
-        _open_gates(network, config.model)
+        open_gates(network, config.model)
         for name in config.stages:
             _demand_reachable(config.stage(name), network.cost(channels, *info.image_size))
     if start and config.start is not None:
@@ -222,19 +223,19 @@ def _run_stage(
         info = replace(info, architecture=replace(info.architecture, gate=None))
     torch.manual_seed(sub_seed(config.seed, WEIGHTS, _STAGE_SEEDS[name]))
     network = info.architecture.build()
-    _open_gates(network, config.model)
+    open_gates(network, config.model)
     if name == "hrl" and run.finished("sp"):
         path = run.model_path("sp")
         load_weights(network, read_tensors(path)[0], path)
     if config.start is not None and name == config.stages[0] and run.checkpoint_step(name) is None:
         load_start(network, _start_weights(config.start, name, info))
         if config.model.open_blocks is not None:  # Which ask for another subset than the start's.
-            _open_gates(network, config.model)
+            open_gates(network, config.model)
     if isinstance(stage, HybridConfig) and stage.sharpen_to is not None:
-        _sharpen(network.to(fabric.device), loader.batch(0)[0], stage.sharpen_to)
+        sharpen(network.to(fabric.device), loader.batch(0)[0], stage.sharpen_to)
 
     def measure(model: SkipNet, decide: str | Decision = "threshold") -> Evaluation:
-        _share_statistics(fabric, model)
+        share_statistics(fabric, model)
         return evaluate(
             model,
             test_set,
@@ -244,13 +245,13 @@ def _run_stage(
             channels_last=config.channels_last,
             rank=fabric.global_rank,
             world_size=fabric.world_size,
-            gather=lambda rows: _all_rows(fabric, rows),
+            gather=lambda rows: all_rows(fabric, rows),
         )
 
     trained, seconds = fit(
         fabric,
         network,
-        _task(
+        stage_task(
             config, stage, stage.total_steps(loader.steps_per_epoch), fabric.global_rank, teacher
         ),
         loader,
@@ -265,22 +266,25 @@ def _run_stage(
     )
     if config.recalibrate and trained.num_gates:
         steps = range(min(config.recalibrate, loader.steps_per_epoch))
+        progress.doing(f"{name:5s} recalibrating on {len(steps)} batches")
         recalibrate(trained, (_layout(loader.batch(step)[0], config) for step in steps))
     if isinstance(stage, RoutedConfig) and stage.target_compute is not None and stage.land:
-        _share_statistics(fabric, trained)
+        share_statistics(fabric, trained)
+        progress.doing(f"{name:5s} landing on {100 * stage.target_compute:.1f} % of dense")
         landed = land(trained, _landing_batches(config, loader, info), stage.target_compute)
         if abs(landed - stage.target_compute) > MISSED:
             progress.note(
                 f"{name:5s} ends at {100 * landed:.1f} % of the dense computation, off its target "
                 f"of {100 * stage.target_compute:.1f} %: train longer, or raise --{name}.alpha-rate"
             )
+    progress.doing(f"{name:5s} evaluating")
     result = measure(trained)
-    progress.finished(name, result, seconds)
     results: dict[str, Any] = {"evaluation": result.to_dict(), "seconds": seconds}
     if trained.num_gates:
         generator = torch.Generator(fabric.device)
         generator.manual_seed(sub_seed(config.seed, EVALUATION, fabric.global_rank))
         results["sampled"] = measure(trained, Sample(generator)).to_dict()
+    progress.finished(name, result, seconds)
     if fabric.is_global_zero:
         save(trained, run.model_path(name), replace(info, results=results["evaluation"]))
         run.finish_stage(name, results)
@@ -297,29 +301,8 @@ def _landing_batches(config: TrainConfig, loader: TrainLoader, info: ModelInfo) 
     return [_layout(part, config) for part in pixels.split(256)]
 
 
-def _share_statistics(fabric: "Fabric", model: SkipNet) -> None:
-    """Give all processes the first one's: batch norms have seen other images on each."""
-    if fabric.world_size > 1:
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, src=0)
-
-
 def _start_weights(start: Path, name: StageName, info: ModelInfo) -> dict[str, Tensor]:
     return start_weights(locate_start(start, name), info, gated=name != "dense")
-
-
-def _all_rows(fabric: "Fabric", rows: Tensor) -> Tensor:
-    """The rows of all processes, which may have different numbers of them."""
-    if fabric.world_size == 1:
-        return rows
-    count = torch.tensor(len(rows), device=rows.device)
-    counts = fabric.all_gather(count)
-    assert isinstance(counts, Tensor)
-    padded = rows.new_zeros(int(counts.max()), rows.shape[1])
-    padded[: len(rows)] = rows
-    tables = fabric.all_gather(padded)
-    assert isinstance(tables, Tensor)
-    return torch.cat([t[:n] for t, n in zip(tables, counts.flatten().tolist(), strict=True)])
 
 
 def _loader(
@@ -354,7 +337,27 @@ def _compilable(stage: StageConfig, name: StageName) -> bool:
     return isinstance(stage, SupervisedConfig) and stage.decide in ("straight-through", "soft")
 
 
-_WHY_NOT = "it draws decisions, and runs blocks on the rows they choose"
+def _without_effect(config: TrainConfig) -> list[str]:
+    """What is asked for, and nothing will come of."""
+    idle = []
+    if config.compile:
+        why = "it draws decisions, and runs blocks on the rows they choose"
+        idle += [
+            f"compile has no effect on {name}: {why}"
+            for name in config.stages
+            if not _compilable(config.stage(name), name)
+        ]
+    if not set(config.stages) & {"sp", "hrl"}:
+        why = "the stage dense has no gates, and learns from the labels alone"
+        idle += [
+            f"{field} has no effect: {why}"
+            for field in ("teacher", "recalibrate")
+            if getattr(config, field)
+        ]
+    flips = "hrl" in config.stages and config.hrl.estimator == "flip"
+    if flips and config.hrl.baseline != HybridConfig.baseline:
+        idle.append("hrl.baseline has no effect: flip compares two decisions, and needs none")
+    return idle
 
 
 def _demand_reachable(stage: StageConfig, cost: Cost) -> None:
@@ -371,115 +374,6 @@ def _demand_reachable(stage: StageConfig, cost: Cost) -> None:
 
 def _layout(images: Tensor, config: TrainConfig) -> Tensor:
     return images.to(memory_format=torch.channels_last) if config.channels_last else images
-
-
-def load_teacher(config: TrainConfig, info: ModelInfo) -> SkipNet | None:
-    """Read the network that sp and hrl learn from.
-
-    Raises:
-        UserError: When there is none, or it is of other data.
-    """
-    if config.teacher is None:
-        return None
-    path = config.teacher
-    if path.is_dir():
-        path = RunDirectory.open(path)[0].model_path("dense")
-    teacher, about = load_model(path)
-    for what, own, other in (
-        ("classes", info.classes, about.classes),
-        ("channels", info.architecture.in_channels, about.architecture.in_channels),
-        ("normalisation", (info.mean, info.std), (about.mean, about.std)),
-    ):
-        if own != other:
-            raise UserError(
-                f"the teacher {path} has other {what} than the data ({other} instead of {own}): "
-                "train one on the same data"
-            )
-    if config.channels_last:
-        teacher.to(memory_format=torch.channels_last)
-    return teacher.requires_grad_(False)
-
-
-def _open_gates(network: SkipNet, config: ModelConfig) -> None:
-    """Start the gates as the configuration says."""
-    if network.gate is None:
-        return
-    if config.open_blocks is None:
-        network.gate.set_keep_(config.initial_keep)
-        return
-    assert isinstance(network.gate, StaticGate)
-    if any(not 0 <= block < network.num_gates for block in config.open_blocks):
-        raise UserError(
-            f"open_blocks names gated blocks from 0 to {network.num_gates - 1}, not "
-            f"{' '.join(map(str, config.open_blocks))}"
-        )
-    with torch.no_grad():
-        network.gate.logits.fill_(-CERTAIN)
-        network.gate.logits[list(config.open_blocks)] = CERTAIN
-
-
-def _sharpen(network: SkipNet, images: Tensor, magnitude: float) -> None:
-    """Scale the logits of all gates by one factor, up to a mean magnitude on some images."""
-    assert network.gate is not None
-    network.eval()
-    with torch.no_grad():
-        _, routing = network(images, execute="compacted")
-    mean = routing.logits.abs().mean().item()
-    if 0 < mean < magnitude:
-        network.gate.scale_logits_(magnitude / mean)
-
-
-def _task(
-    config: TrainConfig, stage: StageConfig, total: int, rank: int, teacher: SkipNet | None
-) -> Task:
-    """The objective of a stage."""
-    if not isinstance(stage, RoutedConfig):
-        return Supervised(criterion=Criterion(label_smoothing=stage.label_smoothing))
-    criterion = Criterion(
-        label_smoothing=stage.label_smoothing,
-        teacher=teacher,
-        weight=config.teacher_weight,
-        temperature=config.teacher_temperature,
-    )
-    budget = None
-    if stage.target_compute is not None:
-        budget = Budget(
-            target=stage.target_compute,
-            ramp_steps=round(stage.target_ramp * total * stage.accumulate),
-            # The budget is told of every micro-batch; its gain and average are meant a step.
-            rate=stage.alpha_rate / stage.accumulate,
-            damping=stage.alpha_damping,
-            momentum=SMOOTHING ** (1 / stage.accumulate),
-            integral=stage.alpha,
-        )
-    seed = sub_seed(config.seed, RANK, rank)
-    if isinstance(stage, SupervisedConfig):
-        return Supervised(
-            decide=stage.decide,
-            criterion=criterion,
-            alpha=stage.alpha,
-            budget=budget,
-            costs=stage.costs,
-            diversity=stage.diversity,
-            seed=seed,
-        )
-    assert isinstance(stage, HybridConfig)
-    return Hybrid(
-        alpha=stage.alpha,
-        beta=stage.beta,
-        policy_weight=stage.policy_weight,
-        baseline=stage.baseline,
-        samples=stage.samples,
-        entropy_bonus=stage.entropy_bonus,
-        diversity=stage.diversity,
-        costs=stage.costs,
-        estimator=stage.estimator,
-        supervised_weight=stage.supervised_weight,
-        statistics=stage.statistics,
-        criterion=criterion,
-        budget=budget,
-        seed=seed,
-    )
 
 
 def _run_directory(
@@ -516,45 +410,11 @@ def _measure_throughput(
     run.write_results()
 
 
-def _leaves_unused(config: TrainConfig) -> bool:
-    """Whether a block that no row of a batch runs, or a gate, has no gradient on a process."""
-    without_gates = "sp" in config.stages and config.sp.decide in ("sample", "threshold")
-    return "hrl" in config.stages or without_gates
-
-
-def _fabric(config: TrainConfig) -> "Fabric":
-    """One process on one device, or what torchrun started."""
-    from lightning_fabric import Fabric
-    from lightning_fabric.strategies.ddp import DDPStrategy
-
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        try:
-            fabric = Fabric(accelerator=config.accelerator, devices=1, precision=config.precision)
-        except RuntimeError:
-            raise UserError(
-                f"{config.accelerator} is not available on this machine: use --accelerator auto"
-            ) from None
-    else:
-        local = int(os.environ["LOCAL_WORLD_SIZE"])
-        fabric = Fabric(
-            accelerator=config.accelerator,
-            devices=local,
-            num_nodes=int(os.environ["WORLD_SIZE"]) // local,
-            strategy=DDPStrategy(find_unused_parameters=_leaves_unused(config)),
-            precision=config.precision,
-        )
-    fabric.launch()
-    return fabric
-
-
 MISSED = 0.02
 """So far off its target, as a share of dense, a stage says so."""
 
 LANDING_IMAGES = 2048
 """On so many training images the computation is made to meet its target."""
-
-CERTAIN = 8.0
-"""Logit of a static gate that is not to change its mind."""
 
 # Every stage draws its own weights and order, whichever stages run before it.
 _STAGE_SEEDS: dict[StageName, int] = {"dense": 0, "sp": 1, "hrl": 2}

@@ -1,0 +1,77 @@
+"""What a stage minimises: its task, built from its configuration."""
+
+from skipnet.routing.network import SkipNet
+from skipnet.seeding import RANK, sub_seed
+from skipnet.tasks.budget import SMOOTHING, Budget
+from skipnet.tasks.criterion import Criterion
+from skipnet.tasks.hybrid import Hybrid
+from skipnet.tasks.supervised import Supervised
+from skipnet.tasks.task import Task
+from skipnet.training.config import (
+    HybridConfig,
+    RoutedConfig,
+    StageConfig,
+    SupervisedConfig,
+    TrainConfig,
+)
+
+
+def stage_task(
+    config: TrainConfig, stage: StageConfig, total: int, rank: int, teacher: SkipNet | None
+) -> Task:
+    """Return the objective of a stage.
+
+    Args:
+        config: Of the run.
+        stage: Of the stage.
+        total: Its steps.
+        rank: Number of this process, which draws decisions of its own.
+        teacher: The network that it learns from beside the labels, if any.
+    """
+    if not isinstance(stage, RoutedConfig):
+        return Supervised(criterion=Criterion(label_smoothing=stage.label_smoothing))
+    criterion = Criterion(
+        label_smoothing=stage.label_smoothing,
+        teacher=teacher,
+        weight=config.teacher_weight,
+        temperature=config.teacher_temperature,
+    )
+    budget = None
+    if stage.target_compute is not None:
+        budget = Budget(
+            target=stage.target_compute,
+            ramp_steps=round(stage.target_ramp * total * stage.accumulate),
+            # The budget is told of every micro-batch; its gain and average are meant a step.
+            rate=stage.alpha_rate / stage.accumulate,
+            damping=stage.alpha_damping,
+            momentum=SMOOTHING ** (1 / stage.accumulate),
+            integral=stage.alpha,
+        )
+    seed = sub_seed(config.seed, RANK, rank)
+    if isinstance(stage, SupervisedConfig):
+        return Supervised(
+            decide=stage.decide,
+            criterion=criterion,
+            alpha=stage.alpha,
+            budget=budget,
+            costs=stage.costs,
+            diversity=stage.diversity,
+            seed=seed,
+        )
+    assert isinstance(stage, HybridConfig)
+    return Hybrid(
+        alpha=stage.alpha,
+        beta=stage.beta,
+        policy_weight=stage.policy_weight,
+        baseline=stage.baseline,
+        samples=stage.samples,
+        entropy_bonus=stage.entropy_bonus,
+        diversity=stage.diversity,
+        costs=stage.costs,
+        estimator=stage.estimator,
+        supervised_weight=stage.supervised_weight,
+        statistics=stage.statistics,
+        criterion=criterion,
+        budget=budget,
+        seed=seed,
+    )
