@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from skipnet.models import list_models as list_models
     from skipnet.models import register as register
     from skipnet.models.weights import ModelInfo as ModelInfo
+    from skipnet.models.weights import list_weights as list_weights
     from skipnet.models.weights import load as load
     from skipnet.models.weights import save as save
     from skipnet.recipes import list_recipes as list_recipes
@@ -52,7 +53,7 @@ _HOMES = {
     "execution.export": ("export",),
     "execution.session": ("InferenceSession",),
     "models": ("create", "list_models", "register"),
-    "models.weights": ("ModelInfo", "load", "save"),
+    "models.weights": ("ModelInfo", "list_weights", "load", "save"),
     "recipes": ("list_recipes", "recipe"),
     "routing.cost": ("Cost",),
     "routing.decisions": (

@@ -38,7 +38,7 @@ COMMANDS = {
         "models:info",
         "Show a network's architecture, its multiply-adds by block, and the gates' share.",
     ),
-    "list": ("models:list_", "List networks, recipes and runs."),
+    "list": ("models:list_", "List networks, trained weights, recipes and runs."),
     "export": ("models:export", "Write a trained network as one portable ONNX file."),
     "predict": ("predict:predict", "Classify image files with an exported network."),
     "benchmark": ("benchmark:benchmark", "Time a network in every engine, in turns."),

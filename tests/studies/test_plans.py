@@ -51,6 +51,7 @@ class TestVariants:
             ("no-baseline", ["stages", "hrl.baseline", *SAMPLING]),
             ("no-sharpen", ["stages", "hrl.estimator", "hrl.policy_weight"]),
             ("no-landing", ["stages", "hrl.land"]),
+            ("no-settling", ["stages", "hrl.settle"]),
             ("all-rows", ["stages", "hrl.statistics"]),
             ("frozen", ["stages", "hrl.statistics"]),
             ("no-clip", ["stages", "hrl.optimizer.clip_norm"]),

@@ -1,6 +1,7 @@
 """What a stage can be asked for beyond the paper: each does what it says, or is refused."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -156,20 +157,44 @@ def test_lands_on_training_images_as_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An augmented image costs otherwise than the one that is tested on."""
-    landed: list[tuple[list[Tensor], float]] = []
+    landed: list[tuple[list[Tensor], float, float]] = []
 
-    def land(network: SkipNet, batches: list[Tensor], target: float) -> float:
-        landed.append((batches, target))
+    def land(network: SkipNet, batches: list[Tensor], target: float, *, reach: float) -> float:
+        landed.append((batches, target, reach))
         return target
 
     monkeypatch.setattr("skipnet.training.train.land", land)
     config = tiny_config(stages=("hrl",))
     skipnet.train(config, output=tmp_path / "run")
-    (batches, target), images = landed[0], load(config.data)[0]
-    assert target == 0.6
+    assert [(target, reach) for _, target, reach in landed] == [(0.6, math.inf), (0.6, 0.05)]
+    batches, images = landed[1][0], load(config.data)[0]
     _, info = skipnet.load(tmp_path / "run" / "hrl.safetensors")
     expected = normalize(images.images, info.mean, info.std)
     assert torch.equal(torch.cat(batches), expected)
+
+
+@pytest.mark.parametrize("stage", ["sp", "hrl"])
+def test_gates_stay_while_a_stage_settles(tmp_path: Path, stage: Any) -> None:
+    """The last third of the steps changes blocks, not gates, but for one number at its end."""
+    config = tiny_config(stages=(stage,))
+    change = {"target_compute": 0.6, "settle": 1 / 3, "ema_decay": None, "iterations": 4}
+    setattr(config, stage, replace(config.stage(stage), **change))
+    seen: dict[int, dict[str, Tensor]] = {}
+    config.evaluate_every = None
+
+    def keep(network: SkipNet, *_: Any, **__: Any) -> float:
+        seen[len(seen)] = {name: x.clone() for name, x in network.state_dict().items()}
+        return 0.6
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("skipnet.training.train.land", keep)
+        skipnet.train(config, output=tmp_path / "run")
+    assert len(seen) == 2, "moved once before settling, and once at the end"
+    changed = {name for name in seen[0] if not torch.equal(seen[0][name], seen[1][name])}
+    assert any(name.startswith("blocks") for name in changed)
+    assert not any(name.startswith("gate") for name in changed)
+    lines = [line for line in metrics(tmp_path / "run") if "alpha" in line]
+    assert lines
 
 
 @pytest.mark.parametrize(
@@ -189,6 +214,9 @@ def test_which_runs_leave_parameters_without_gradient(
     config = tiny_config(stages=stages)
     config.sp = replace(config.sp, decide=decide)
     assert leaves_unused(config) == unused
+    if stages == ("sp",) and decide == "straight-through":
+        config.sp = replace(config.sp, target_compute=0.5)
+        assert leaves_unused(config), "SP that settles leaves out rows, and gates"
 
 
 @pytest.mark.parametrize(
@@ -236,7 +264,7 @@ class TestTeacher:
         config = tiny_config(stages=("dense",))
         config.data = replace(config.data, name=str(write_cifar10(tmp_path / "data")))
         skipnet.train(config, output=tmp_path / "dense")
-        with pytest.raises(UserError, match="trained on other data: .*its classes are"):
+        with pytest.raises(UserError, match=r"trained on other data: .*its classes are"):
             skipnet.train(tiny_config(teacher=tmp_path / "dense"), output=tmp_path / "run")
         assert not (tmp_path / "run").exists()
 

@@ -65,7 +65,8 @@ def test_killed_at_a_step(uninterrupted: Path, tmp_path: Path, call: int) -> Non
         ("os:replace", 11),  # results.json
         ("pathlib:Path.unlink", 12),  # the checkpoint of a finished stage
         ("os:replace", 23),  # HRL's first checkpoint
-        ("skipnet.training.train:land", 1),  # all steps of a stage are done
+        ("skipnet.training.train:land", 1),  # before the last step of HRL, which settles
+        ("skipnet.training.train:land", 2),  # all steps of a stage are done
         ("os:replace", 29),  # hrl.safetensors
         ("skipnet.training.run:RunDirectory.log", 5),
         ("skipnet.training.train:_measure_throughput", 1),  # all stages are finished
@@ -80,7 +81,7 @@ def test_killed_between_two_files(
 
 
 def test_the_steps_of_a_stage_are_not_repeated_for_what_follows_them(tmp_path: Path) -> None:
-    trap = Trap("skipnet.training.train:land", 1)
+    trap = Trap("skipnet.training.train:land", 2)
     killed = Command(train(tmp_path), tmp_path, before=[trap])
     assert killed.wait() == -signal.SIGKILL
     _, state = read_tensors(tmp_path / RUN / "checkpoint.safetensors")

@@ -21,7 +21,7 @@ from skipnet.models.resnet_cifar import cifar_resnet
 from skipnet.routing.cost import Cost
 from skipnet.routing.decisions import Flip
 from skipnet.seeding import DECISIONS, sub_seed
-from skipnet.tasks.budget import Budget
+from skipnet.tasks.budget import Budget, Landing
 from skipnet.tasks.criterion import Criterion
 from skipnet.tasks.hybrid import Hybrid
 from skipnet.tasks.rewards import (
@@ -609,3 +609,42 @@ def test_state_goes_on_where_it_stopped() -> None:
     theirs = [resumed(twin, *batch(), step)["alpha"].item() for step in (3, 4)]
     assert ours == theirs and ours[0] != ours[1]
     assert whole.state_dict() == resumed.state_dict()
+
+
+@pytest.mark.parametrize("estimator", ["reinforce", "flip"])
+def test_after_landing_the_prediction_loss_alone_is_minimised(estimator: Any) -> None:
+    torch.manual_seed(0)
+    network = cifar_resnet(8, gate="rnn", num_classes=3, in_channels=1, widths=(2, 3, 4)).double()
+    images, labels = torch.randn(6, 1, 6, 6, dtype=torch.float64), torch.arange(6) % 3
+    calls: list[int] = []
+    budget = Budget(target=0.5, ramp_steps=1, rate=1.0, damping=1.0)
+    task = Hybrid(
+        estimator=estimator,
+        samples=2,
+        entropy_bonus=0.5,
+        diversity=0.5,
+        budget=budget,
+        landing=Landing(step=2, land=lambda: calls.append(len(calls))),
+    )
+    batches: list[int] = []
+    network.stem.register_forward_hook(lambda _, args, __: batches.append(len(args[0])))
+    for step in (0, 1):
+        task(network.train(), images, labels, step)
+    assert not calls
+    alpha, at = task.alpha, copy.deepcopy(budget)
+    before = len(batches)
+    for step in (2, 3):
+        network.zero_grad(set_to_none=True)
+        copied = copy.deepcopy(network)
+        copied.stem._forward_hooks.clear()
+        metrics = task(network, images, labels, step)
+        logits, routing = copied(images, decide="threshold", execute="compacted")
+        expected = nn.functional.cross_entropy(logits, labels)
+        torch.testing.assert_close(metrics["loss"], expected)
+        assert metrics["macs_fraction"] == routing.macs_fraction
+        metrics["loss"].backward()
+        assert network.gate is not None
+        assert all(p.grad is None for p in network.gate.parameters()), "not even weight decay"
+    assert calls == [0], "once, at its step"
+    assert (task.alpha, budget) == (alpha, at)
+    assert batches[before:] == [6, 6], "no other samples, no flips"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from skipnet import Fixed, SkipNet
 from skipnet.models.resnet_cifar import cifar_resnet
-from skipnet.tasks.budget import Budget
+from skipnet.tasks.budget import Budget, Landing
 from skipnet.tasks.criterion import Criterion
 from skipnet.tasks.rewards import CostName
 from skipnet.tasks.supervised import DecideName, Supervised
@@ -142,3 +142,22 @@ def test_a_budget_of_soft_gates_is_told_what_they_decide_at_test() -> None:
     cost = network.cost(1, 6, 6)
     assert metrics["macs_fraction"].item() == pytest.approx(cost.always / cost.dense)
     assert budget.average == metrics["macs_fraction"].item()
+
+
+@pytest.mark.parametrize("decide", ["straight-through", "gumbel", "soft"])
+def test_after_landing_gates_decide_as_at_inference_and_learn_no_more(decide: DecideName) -> None:
+    network, (images, labels) = small().train(), batch()
+    calls: list[int] = []
+    budget = Budget(target=0.5, ramp_steps=1, rate=1.0, damping=1.0)
+    landing = Landing(step=1, land=lambda: calls.append(1))
+    task = Supervised(decide=decide, budget=budget, diversity=0.5, landing=landing)
+    task(network, images, labels, 0)
+    assert not calls
+    alpha = task.alpha
+    for step in (1, 2):
+        logits, _ = network(images, decide="threshold", execute="compacted")
+        loss = task(network, images, labels, step)["loss"]
+        torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, labels))
+        loss.backward()
+        assert all(p.grad is None for p in network.gate.parameters())  # type: ignore[union-attr]
+    assert len(calls) == 1 and task.alpha == alpha

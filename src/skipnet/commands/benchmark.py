@@ -53,7 +53,8 @@ def benchmark(
     are held against masked before it is timed. Quiet cores make good figures: compare the ratios.
 
     Args:
-        model: A run directory, a model file, or a name of the registry (random weights).
+        model: A run directory, a model file, or a name of skipnet list weights or of skipnet list
+            models (random weights).
         keep: Let each image run this share of the gated blocks, drawn at random, whatever the
             gates say; they are computed all the same. If not given, the gates of a trained network
             decide on its test images, and a network of the registry runs half of its blocks.

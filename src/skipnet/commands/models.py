@@ -14,7 +14,7 @@ from skipnet.analysis.evaluate import evaluate as evaluate_model
 from skipnet.data.sources import DataConfig, load_split
 from skipnet.errors import UserError
 from skipnet.models import Architecture, defaults_of, describe, list_models
-from skipnet.models.weights import ModelInfo, load
+from skipnet.models.weights import ModelInfo, find_weights, list_weights, load
 from skipnet.recipes import describe_recipe, list_recipes
 from skipnet.routing.decisions import Sample
 from skipnet.routing.gates import GateName
@@ -48,7 +48,7 @@ def evaluate(
     sampled instead of thresholded decisions under "sampled".
 
     Args:
-        model: A run directory or a model file.
+        model: A run directory, a model file, or a name of skipnet list weights.
         data: digits, a Hugging Face hub name, or a folder of parquet files or images; what the run
             was trained on if not given.
         stage: Which stage of a run; its last finished one if not given.
@@ -107,7 +107,7 @@ def info(
     """Show a network's architecture, its multiply-adds by block, and the gates' share.
 
     Args:
-        model: A run directory, a model file, or a name of the registry.
+        model: A run directory, a model file, or a name of skipnet list models or weights.
         stage: Which stage of a run; its last finished one if not given.
         gate: Kind of gate, for a name of the registry.
         num_classes: Number of classes, for a name of the registry; 10 or 1000 if not given.
@@ -125,20 +125,22 @@ def info(
 
 
 def list_(
-    what: tyro.conf.Positional[Literal["models", "recipes", "runs", "all"]] = "all",
+    what: tyro.conf.Positional[Literal["models", "weights", "recipes", "runs", "all"]] = "all",
     *,
     pattern: str = "*",
     runs: Path = Path("runs"),
 ) -> None:
-    """List networks, recipes and runs.
+    """List networks, trained weights, recipes and runs.
 
     Args:
-        what: models, recipes, runs, or all of them.
+        what: models, weights (trained networks in the package), recipes, runs, or all of them.
         pattern: Shell pattern of the models' names.
         runs: Where run directories are.
     """
     if what in ("models", "all"):
         _print_list("models", {name: describe(name) for name in list_models(pattern)})
+    if what in ("weights", "all"):
+        _print_list("weights", {name: _describe_weights(name) for name in list_weights()})
     if what in ("recipes", "all"):
         _print_list("recipes", {name: describe_recipe(name) for name in list_recipes()})
     if what in ("runs", "all"):
@@ -157,7 +159,7 @@ def export(
     against PyTorch before the command ends.
 
     Args:
-        model: A run directory or a model file.
+        model: A run directory, a model file, or a name of skipnet list weights.
         output: The file to write; an earlier one is replaced.
         stage: Which stage of a run; its last finished one if not given.
     """
@@ -195,7 +197,7 @@ def open_model(
     named = model in list_models()
     if not named and ("/" in model or model.endswith((".safetensors", ".onnx"))):
         _demand_exists(Path(model))
-    if not named and Path(model).exists():
+    if not named and find_weights(model).exists():
         if gate is not None or num_classes is not None or in_channels is not None:
             raise UserError(
                 f"{model} says itself what gate, classes and channels it has: leave out --gate, "
@@ -224,6 +226,7 @@ def locate(path: Path, stage: StageName | None = None) -> Path:
     Raises:
         UserError: When there is none.
     """
+    path = find_weights(path)
     if path.is_dir():
         model = RunDirectory.open(path)[0].model_path(stage)
         if not model.exists():
@@ -238,7 +241,10 @@ def locate(path: Path, stage: StageName | None = None) -> Path:
 
 def _demand_exists(path: Path) -> None:
     if not path.exists():
-        raise UserError(f"there is no run directory or model file {path}; see skipnet list runs")
+        raise UserError(
+            f"there is no run directory or model file {path}; see skipnet list runs, and skipnet "
+            "list weights"
+        )
     if path.suffix == ".onnx":
         raise UserError(
             f"{path} is an exported file, which skipnet predict runs: name the run directory or "
@@ -330,6 +336,11 @@ def _print_list(title: str, entries: dict[str, str]) -> None:
         print(f"  {name:{width}s}  {text}")
     if not entries:
         print("  (none)")
+
+
+def _describe_weights(name: str) -> str:
+    results = load(name)[1].results
+    return f"{results['accuracy']:.2f} % at {100 * results['macs_fraction']:.1f} % of dense"
 
 
 def _runs(folder: Path) -> list[Path]:

@@ -17,6 +17,8 @@ from skipnet.routing.network import SkipNet
 
 FORMAT_VERSION = 1
 _KEY = "skipnet"
+_PUBLISHED = Path(__file__).parents[1] / "published"
+_SUFFIX = ".safetensors"
 
 
 @dataclass(kw_only=True)
@@ -77,11 +79,14 @@ def save(model: SkipNet, path: str | os.PathLike[str], info: ModelInfo) -> None:
 def load(path: str | os.PathLike[str]) -> tuple[SkipNet, ModelInfo]:
     """Read a model file: the network in evaluation mode, and what the file says about it.
 
+    Args:
+        path: Of the file, or a name of `list_weights`, unless a file is called so.
+
     Raises:
         UserError: When there is no such file, it is truncated or not a safetensors file, was not
             written by `save`, or its weights do not fit its architecture.
     """
-    path = Path(path)
+    path = find_weights(path)
     tensors, values = read_tensors(path)
     version = values.get("format_version")
     if version != FORMAT_VERSION:
@@ -95,6 +100,19 @@ def load(path: str | os.PathLike[str]) -> tuple[SkipNet, ModelInfo]:
         raise UserError(f"{path}: its metadata is not a model's ({error!r})") from None
     load_weights(model, tensors, path)
     return model.eval(), info
+
+
+def list_weights() -> list[str]:
+    """Return the names of the trained networks that come with the package, each with its card."""
+    return sorted(path.stem for path in _PUBLISHED.glob(f"*{_SUFFIX}"))
+
+
+def find_weights(name: str | os.PathLike[str]) -> Path:
+    """Return the file that a name of `list_weights` stands for; any other path as it is."""
+    path = Path(name)
+    if not path.exists() and str(path) in list_weights():
+        return _PUBLISHED / f"{path}{_SUFFIX}"
+    return path
 
 
 def load_weights(model: SkipNet, tensors: dict[str, Tensor], path: Path) -> None:
@@ -139,7 +157,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if path.is_dir():
         raise UserError(f"{path} is a folder: name the model file, {path / 'model.safetensors'}")
     if not path.is_file():
-        raise UserError(f"there is no model file {path}")
+        raise UserError(
+            f"there is no model file {path}, and the package's networks are "
+            f"{', '.join(list_weights())}"
+        )
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

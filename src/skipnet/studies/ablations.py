@@ -117,6 +117,11 @@ def no_landing(config: TrainConfig) -> TrainConfig:
     return _hrl(config, land=config.hrl.land and config.hrl.target_compute is None)
 
 
+def no_settling(config: TrainConfig) -> TrainConfig:
+    """Gates learn to the end."""
+    return _hrl(config, settle=0.0 if config.hrl.settles else config.hrl.settle)
+
+
 def all_rows(config: TrainConfig) -> TrainConfig:
     """Every row through every block, batch statistics over all, as in the released code."""
     return _hrl(config, statistics="all")
@@ -159,6 +164,7 @@ VARIANTS: dict[str, Variant] = {
     "no-baseline": no_baseline,
     "no-sharpen": no_sharpen,
     "no-landing": no_landing,
+    "no-settling": no_settling,
     "all-rows": all_rows,
     "frozen": frozen,
     "no-clip": no_clip,

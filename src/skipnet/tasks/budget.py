@@ -1,5 +1,6 @@
 """A budget: what drives the price of computation so that a network meets a target."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,28 @@ class Budget:
     def load_state_dict(self, state: dict[str, float]) -> None:
         for name in ("integral", "average", "start"):
             setattr(self, name, state[name])
+
+
+@dataclass
+class Landing:
+    """Where the drive ends: gates are moved once so that the target is met, and then stay.
+
+    For the rest of the stage a network is trained as it will be used, so that its blocks get used
+    to the decisions, whatever the move has cost.
+
+    Attributes:
+        step: The first step after the move.
+        land: Moves the gates.
+    """
+
+    step: int
+    land: Callable[[], object]
+
+    def done(self, step: int) -> bool:
+        """Return whether gates stay as they are in a step; move them before the first one."""
+        if step == self.step:
+            self.land()
+        return step >= self.step
 
 
 def mean_over_processes(value: Tensor) -> float:

@@ -21,7 +21,7 @@ from skipnet.routing.decisions import Flip, Sample, Threshold
 from skipnet.routing.network import ExecutorName
 from skipnet.routing.trace import Routing
 from skipnet.seeding import DECISIONS, sub_seed
-from skipnet.tasks.budget import Budget, mean_over_processes
+from skipnet.tasks.budget import Budget, Landing, mean_over_processes
 from skipnet.tasks.criterion import Criterion
 from skipnet.tasks.rewards import (
     CostName,
@@ -67,6 +67,8 @@ class Hybrid:
             block or not, as in the released code; "frozen", the running statistics.
         criterion: The loss of each image.
         budget: Drives alpha to a target computation; None keeps alpha fixed.
+        landing: When gates stop learning, and decide as at inference: from then on L alone is
+            minimised. None lets them learn to the end.
         seed: Of the decisions: those of a step depend on `(seed, step)` alone.
     """
 
@@ -86,6 +88,7 @@ class Hybrid:
         statistics: StatisticsName = "executed",
         criterion: Criterion | None = None,
         budget: Budget | None = None,
+        landing: Landing | None = None,
         seed: int = 0,
     ) -> None:
         for value, kind in (
@@ -113,12 +116,14 @@ class Hybrid:
         self.statistics = statistics
         self.criterion = criterion or Criterion()
         self.budget = budget
+        self.landing = landing
         self.seed = seed
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, step: int) -> Metrics:
         generator = torch.Generator(images.device)
         generator.manual_seed(sub_seed(self.seed, DECISIONS, step))
-        if self.samples > 1:
+        landed = self.landing is not None and self.landing.done(step)
+        if self.samples > 1 and not landed:
             images = images.repeat(self.samples, 1, 1, 1)
             labels = labels.repeat(self.samples)
         if self.statistics == "frozen":
@@ -126,7 +131,8 @@ class Hybrid:
                 if isinstance(layer, _BatchNorm):
                     layer.eval()
         execute: ExecutorName = "masked" if self.statistics == "all" else "compacted"
-        decision = Sample(generator) if self.estimator == "reinforce" else Threshold()
+        sampled = self.estimator == "reinforce" and not landed
+        decision = Sample(generator) if sampled else Threshold()
         logits, routing = model(images, decide=decision, execute=execute)
         if not routing.decisions.shape[1]:
             raise UserError("HRL trains gates, and this network has none: create it with gate=…")
@@ -134,24 +140,17 @@ class Hybrid:
         losses = self.criterion(logits, images, labels)
         costs = block_costs(routing.cost, self.costs).to(losses, non_blocking=True)
         alpha = self.alpha
-        # A budget may drive alpha below zero; a loss is never to be wished for.
-        beta = max(0.0, alpha) / len(costs) if self.beta is None else self.beta
-        if self.estimator == "flip":
-            policy = self._flip(
-                model, images, labels, routing, losses, costs, beta, generator, execute
-            )
-        else:
-            returns = gate_returns(losses, skip_rewards(routing.decisions, costs), alpha, beta)
-            advantages = returns - self._baseline(model, images, labels, returns, costs, beta)
-            policy = policy_loss(routing.logits, routing.decisions, advantages)
         uncertainty = entropy(routing.logits).sum(dim=1).mean()
         told = information(routing.logits).mean()
-        loss = self.supervised_weight * losses.mean() + self.policy_weight * policy
-        loss = loss - self.entropy_bonus * uncertainty - self.diversity * told
+        loss = self.supervised_weight * losses.mean()
+        if not landed:
+            policy = self._policy(model, images, labels, routing, losses, costs, generator, execute)
+            loss = loss + self.policy_weight * policy
+            loss = loss - self.entropy_bonus * uncertainty - self.diversity * told
 
         # What the same logits would cost at inference; the budget is meant for that.
         inference = routing.cost.executed(routing.logits).double().mean() / routing.cost.dense
-        if self.budget is not None:
+        if self.budget is not None and not landed:
             self.alpha = self.budget.update(mean_over_processes(inference), step)
         return {
             "loss": loss,
@@ -164,6 +163,28 @@ class Hybrid:
             "information": told.detach(),
             "alpha": torch.tensor(alpha),
         }
+
+    def _policy(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        routing: Routing,
+        losses: Tensor,
+        costs: Tensor,
+        generator: torch.Generator,
+        execute: ExecutorName,
+    ) -> Tensor:
+        """What the gates learn by."""
+        # A budget may drive alpha below zero; a loss is never to be wished for.
+        beta = max(0.0, self.alpha) / len(costs) if self.beta is None else self.beta
+        if self.estimator == "flip":
+            return self._flip(
+                model, images, labels, routing, losses, costs, beta, generator, execute
+            )
+        returns = gate_returns(losses, skip_rewards(routing.decisions, costs), self.alpha, beta)
+        advantages = returns - self._baseline(model, images, labels, returns, costs, beta)
+        return policy_loss(routing.logits, routing.decisions, advantages)
 
     def _flip(
         self,

@@ -5,10 +5,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from skipnet.routing.decisions import Decision, Gumbel, Sample, named_decision
+from skipnet.routing.decisions import Decision, Gumbel, Sample, Threshold, named_decision
 from skipnet.routing.network import ExecutorName
 from skipnet.seeding import DECISIONS, sub_seed
-from skipnet.tasks.budget import Budget, mean_over_processes
+from skipnet.tasks.budget import Budget, Landing, mean_over_processes
 from skipnet.tasks.criterion import Criterion
 from skipnet.tasks.rewards import CostName, block_costs, information
 from skipnet.tasks.task import Metrics
@@ -33,6 +33,7 @@ class Supervised:
         budget: Drives alpha to a target computation; None keeps alpha fixed.
         costs: C_i, see `block_costs`.
         diversity: Weight of what the decisions tell about the image, see `rewards.information`.
+        landing: When gates stop learning, and decide as at inference; None lets them learn.
         seed: Of the decisions: those of a step depend on `(seed, step)` alone.
     """
 
@@ -45,6 +46,7 @@ class Supervised:
         budget: Budget | None = None,
         costs: CostName = "uniform",
         diversity: float = 0.0,
+        landing: Landing | None = None,
         seed: int = 0,
     ) -> None:
         self.decide = decide
@@ -53,10 +55,12 @@ class Supervised:
         self.budget = budget
         self.costs = costs
         self.diversity = diversity
+        self.landing = landing
         self.seed = seed
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, step: int) -> Metrics:
-        decision = self._decision(images.device, step)
+        landed = self.landing is not None and self.landing.done(step)
+        decision = Threshold() if landed else self._decision(images.device, step)
         # Rows can be left out only where no gradient flows through g.
         execute: ExecutorName = "compacted" if decision.binary(True) else "masked"
         logits, routing = model(images, decide=decision, execute=execute)
@@ -71,7 +75,7 @@ class Supervised:
             # Not added where they are nothing: a gradient of 0 would let weight decay at the gates.
             if self.alpha and routing.decisions.requires_grad:
                 loss = loss + self.alpha * (routing.decisions * costs).mean()
-            if self.diversity:
+            if self.diversity and not landed:
                 loss = loss - self.diversity * told
             # Soft gates run every block; what the budget is meant for is what they decide at test.
             ran = routing.logits if self.decide == "soft" else routing.decisions
@@ -82,7 +86,7 @@ class Supervised:
                 "information": told.detach(),
                 "alpha": torch.tensor(self.alpha),
             }
-            if self.budget is not None:
+            if self.budget is not None and not landed:
                 self.alpha = self.budget.update(mean_over_processes(computation), step)
         return {"loss": loss, **metrics}
 

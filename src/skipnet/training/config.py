@@ -143,8 +143,11 @@ class RoutedConfig(StageConfig):
     alpha_damping: float = 3.0
     """Proportional gain of the drive: alpha a unit of error."""
     land: bool = True
-    """When the stage ends within 5 points of target_compute, shift all gates' logits by one number
-    so that the computation on training images meets it."""
+    """Shift all gates' logits by one number so that the computation on training images meets
+    target_compute: when settling begins, and again when the stage ends within 5 points of it."""
+    settle: float = 0.2
+    """Share of the stage, at its end, in which gates that aim at target_compute and have landed on
+    it stay as they are, and the blocks get used to them; 0 lets gates learn to the end."""
     costs: CostName = "uniform"
     """C_i: uniform (the paper's 1), or macs (each block's multiply-adds over their mean)."""
     diversity: float = 0.0
@@ -160,7 +163,14 @@ class RoutedConfig(StageConfig):
             raise UserError(f"target_compute must lie in (0, 1], not {self.target_compute}")
         if not 0 <= self.target_ramp <= 1:
             raise UserError(f"target_ramp must lie in [0, 1], not {self.target_ramp}")
+        if not 0 <= self.settle < 1:
+            raise UserError(f"settle must lie in [0, 1), not {self.settle}")
         _at_least_0(self, "alpha_rate", "alpha_damping", "diversity")
+
+    @property
+    def settles(self) -> bool:
+        """Whether gates stop learning before the stage ends."""
+        return self.target_compute is not None and self.land and self.settle > 0
 
 
 @dataclass(kw_only=True)

@@ -1,5 +1,6 @@
 """What is adjusted when a stage ends: statistics of batch norms, and the gates' threshold."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -46,7 +47,7 @@ def recalibrate(network: SkipNet, batches: Iterable[Tensor]) -> None:
 
 
 def land(
-    network: SkipNet, batches: Sequence[Tensor], target: float, *, reach: float = 0.05
+    network: SkipNet, batches: Sequence[Tensor], target: float, *, reach: float = math.inf
 ) -> float:
     """Shift the logits of all gates by one number so that the computation meets a target.
 
@@ -55,17 +56,17 @@ def land(
     little between images, so that a shift opens it for as many as are needed.
 
     Args:
-        network: Changed in place; it ends in evaluation mode.
+        network: Changed in place.
         batches: Normalised images, [batch, channels, height, width], on the network's device.
         target: Share of the dense multiply-adds.
-        reach: From farther away nothing is changed: to close blocks that the network has not
-            learned to do without costs more accuracy than the target is worth.
+        reach: From farther away nothing is changed.
 
     Returns:
         The computation on the batches afterwards, as a share of dense.
     """
-    network.eval()
     assert network.gate is not None
+    training = network.training
+    network.eval()
 
     def computation() -> float:
         with torch.no_grad():
@@ -78,11 +79,9 @@ def land(
         return mean_over_processes(own.mean())
 
     best, least, shift = 0.0, computation(), 0.0
-    if abs(least - target) > reach:
-        return least
     low, high = (-_FARTHEST, 0.0) if least > target else (0.0, _FARTHEST)
     for _ in range(_HALVINGS):
-        if abs(least - target) <= CLOSE:
+        if abs(least - target) <= CLOSE or abs(least - target) > reach:
             break
         middle = (low + high) / 2
         network.gate.shift_logits_(middle - shift)
@@ -91,4 +90,5 @@ def land(
             best, least = shift, found
         low, high = (low, middle) if found > target else (middle, high)
     network.gate.shift_logits_(best - shift)
+    network.train(training)
     return least

@@ -1,8 +1,10 @@
 """What a stage minimises: its task, built from its configuration."""
 
+from collections.abc import Callable
+
 from skipnet.routing.network import SkipNet
 from skipnet.seeding import RANK, sub_seed
-from skipnet.tasks.budget import SMOOTHING, Budget
+from skipnet.tasks.budget import SMOOTHING, Budget, Landing
 from skipnet.tasks.criterion import Criterion
 from skipnet.tasks.hybrid import Hybrid
 from skipnet.tasks.supervised import Supervised
@@ -17,7 +19,12 @@ from skipnet.training.config import (
 
 
 def stage_task(
-    config: TrainConfig, stage: StageConfig, total: int, rank: int, teacher: SkipNet | None
+    config: TrainConfig,
+    stage: StageConfig,
+    total: int,
+    rank: int,
+    teacher: SkipNet | None,
+    land: Callable[[], object],
 ) -> Task:
     """Return the objective of a stage.
 
@@ -27,6 +34,7 @@ def stage_task(
         total: Its steps.
         rank: Number of this process, which draws decisions of its own.
         teacher: The network that it learns from beside the labels, if any.
+        land: Moves the gates so that the stage's target is met.
     """
     if not isinstance(stage, RoutedConfig):
         return Supervised(criterion=Criterion(label_smoothing=stage.label_smoothing))
@@ -47,6 +55,9 @@ def stage_task(
             momentum=SMOOTHING ** (1 / stage.accumulate),
             integral=stage.alpha,
         )
+    landing = None
+    if stage.settles:
+        landing = Landing(step=round((1 - stage.settle) * total) * stage.accumulate, land=land)
     seed = sub_seed(config.seed, RANK, rank)
     if isinstance(stage, SupervisedConfig):
         return Supervised(
@@ -56,6 +67,7 @@ def stage_task(
             budget=budget,
             costs=stage.costs,
             diversity=stage.diversity,
+            landing=landing,
             seed=seed,
         )
     assert isinstance(stage, HybridConfig)
@@ -73,5 +85,6 @@ def stage_task(
         statistics=stage.statistics,
         criterion=criterion,
         budget=budget,
+        landing=landing,
         seed=seed,
     )

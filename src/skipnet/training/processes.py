@@ -66,5 +66,5 @@ def all_rows(fabric: "Fabric", rows: Tensor) -> Tensor:
 
 def leaves_unused(config: TrainConfig) -> bool:
     """Return whether a block that no row of a batch runs, or a gate, may have no gradient."""
-    without_gates = "sp" in config.stages and config.sp.decide in ("sample", "threshold")
-    return "hrl" in config.stages or without_gates
+    rows_left_out = config.sp.settles or config.sp.decide in ("sample", "threshold")
+    return "hrl" in config.stages or ("sp" in config.stages and rows_left_out)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from skipnet.errors import UserError
-from skipnet.models.weights import ModelInfo, load
+from skipnet.models.weights import ModelInfo, find_weights, load
 from skipnet.routing.gates import StaticGate
 from skipnet.routing.network import SkipNet
 from skipnet.training.config import ModelConfig, StageName, TrainConfig
@@ -28,13 +28,15 @@ def locate_start(start: Path, stage: StageName) -> Path:
     """Find the model file that a stage starts from.
 
     Args:
-        start: A model file, or a run directory, of which dense starts from the dense network, sp
-            from the dense network or else sp, and hrl from sp, else hrl, else the dense network.
+        start: A model file, a name of `list_weights`, or a run directory, of which dense starts
+            from the dense network, sp from the dense network or else sp, and hrl from sp, else hrl,
+            else the dense network.
         stage: The stage to start.
 
     Raises:
         UserError: When there is none.
     """
+    start = find_weights(start)
     if not start.is_dir():
         if not start.is_file():
             raise UserError(f"there is no run directory or model file {start} to start from")
@@ -93,7 +95,7 @@ def load_teacher(config: TrainConfig, info: ModelInfo) -> SkipNet | None:
     """
     if config.teacher is None:
         return None
-    path = config.teacher
+    path = find_weights(config.teacher)
     if path.is_dir():
         path = RunDirectory.open(path)[0].model_path("dense")
     teacher, found = load(path)

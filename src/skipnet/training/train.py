@@ -1,9 +1,11 @@
 """A whole run: data, then each stage in order, then one table."""
 
+import math
 import os
 import warnings
 from contextlib import closing, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -248,11 +250,19 @@ def _run_stage(
             gather=lambda rows: all_rows(fabric, rows),
         )
 
+    def land_on_target(model: SkipNet, reach: float = math.inf) -> float:
+        assert isinstance(stage, RoutedConfig) and stage.target_compute is not None
+        progress.doing(f"{name:5s} landing on {100 * stage.target_compute:.1f} % of dense")
+        share_statistics(fabric, model)
+        batches = _landing_batches(config, loader, info)
+        return land(model, batches, stage.target_compute, reach=reach)
+
+    total = stage.total_steps(loader.steps_per_epoch)
     trained, seconds = fit(
         fabric,
         network,
         stage_task(
-            config, stage, stage.total_steps(loader.steps_per_epoch), fabric.global_rank, teacher
+            config, stage, total, fabric.global_rank, teacher, partial(land_on_target, network)
         ),
         loader,
         name=name,
@@ -269,9 +279,7 @@ def _run_stage(
         progress.doing(f"{name:5s} recalibrating on {len(steps)} batches")
         recalibrate(trained, (_layout(loader.batch(step)[0], config) for step in steps))
     if isinstance(stage, RoutedConfig) and stage.target_compute is not None and stage.land:
-        share_statistics(fabric, trained)
-        progress.doing(f"{name:5s} landing on {100 * stage.target_compute:.1f} % of dense")
-        landed = land(trained, _landing_batches(config, loader, info), stage.target_compute)
+        landed = land_on_target(trained, REACH)
         if abs(landed - stage.target_compute) > MISSED:
             progress.note(
                 f"{name:5s} ends at {100 * landed:.1f} % of the dense computation, off its target "
@@ -334,7 +342,9 @@ def _compilable(stage: StageConfig, name: StageName) -> bool:
     """Whether every step of a stage does the same on the same shapes, without random draws."""
     if name == "dense":
         return True
-    return isinstance(stage, SupervisedConfig) and stage.decide in ("straight-through", "soft")
+    if not isinstance(stage, SupervisedConfig) or stage.settles:
+        return False
+    return stage.decide in ("straight-through", "soft")
 
 
 def _without_effect(config: TrainConfig) -> list[str]:
@@ -409,6 +419,11 @@ def _measure_throughput(
         run.results[stage]["images_per_s"] = rate
     run.write_results()
 
+
+REACH = 0.05
+"""From so far off its target, as a share of dense, a stage still lands when it ends: there is no
+training after it, and to close blocks that the network has not learned to do without costs more
+accuracy than the target is worth."""
 
 MISSED = 0.02
 """So far off its target, as a share of dense, a stage says so."""
