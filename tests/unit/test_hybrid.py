@@ -618,13 +618,14 @@ def test_after_landing_the_prediction_loss_alone_is_minimised(estimator: Any) ->
     images, labels = torch.randn(6, 1, 6, 6, dtype=torch.float64), torch.arange(6) % 3
     calls: list[int] = []
     budget = Budget(target=0.5, ramp_steps=1, rate=1.0, damping=1.0)
+    assert network.gate is not None
     task = Hybrid(
         estimator=estimator,
         samples=2,
         entropy_bonus=0.5,
         diversity=0.5,
         budget=budget,
-        landing=Landing(step=2, land=lambda: calls.append(len(calls))),
+        landing=Landing(gate=network.gate, step=2, land=lambda: calls.append(len(calls))),
     )
     batches: list[int] = []
     network.stem.register_forward_hook(lambda _, args, __: batches.append(len(args[0])))
@@ -643,7 +644,6 @@ def test_after_landing_the_prediction_loss_alone_is_minimised(estimator: Any) ->
         torch.testing.assert_close(metrics["loss"], expected)
         assert metrics["macs_fraction"] == routing.macs_fraction
         metrics["loss"].backward()
-        assert network.gate is not None
         assert all(p.grad is None for p in network.gate.parameters()), "not even weight decay"
     assert calls == [0], "once, at its step"
     assert (task.alpha, budget) == (alpha, at)

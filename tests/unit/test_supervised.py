@@ -149,7 +149,7 @@ def test_after_landing_gates_decide_as_at_inference_and_learn_no_more(decide: De
     network, (images, labels) = small().train(), batch()
     calls: list[int] = []
     budget = Budget(target=0.5, ramp_steps=1, rate=1.0, damping=1.0)
-    landing = Landing(step=1, land=lambda: calls.append(1))
+    landing = Landing(gate=network.gate, step=1, land=lambda: calls.append(1))
     task = Supervised(decide=decide, budget=budget, diversity=0.5, landing=landing)
     task(network, images, labels, 0)
     assert not calls

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
 
 SMOOTHING = 0.9
 """Momentum of the moving average of the computation, a step."""
@@ -73,10 +73,12 @@ class Landing:
     to the decisions, whatever the move has cost.
 
     Attributes:
+        gate: What stays.
         step: The first step after the move.
         land: Moves the gates.
     """
 
+    gate: nn.Module
     step: int
     land: Callable[[], object]
 
@@ -84,6 +86,9 @@ class Landing:
         """Return whether gates stay as they are in a step; move them before the first one."""
         if step == self.step:
             self.land()
+        # Not a gradient of 0, by which weight decay and momentum would move them; and what has none
+        # is not waited for by the other processes.
+        self.gate.requires_grad_(step < self.step)
         return step >= self.step
 
 

@@ -21,6 +21,8 @@ from skipnet.training.config import (
 def stage_task(
     config: TrainConfig,
     stage: StageConfig,
+    network: SkipNet,
+    *,
     total: int,
     rank: int,
     teacher: SkipNet | None,
@@ -31,6 +33,7 @@ def stage_task(
     Args:
         config: Of the run.
         stage: Of the stage.
+        network: To be trained.
         total: Its steps.
         rank: Number of this process, which draws decisions of its own.
         teacher: The network that it learns from beside the labels, if any.
@@ -57,7 +60,9 @@ def stage_task(
         )
     landing = None
     if stage.settles:
-        landing = Landing(step=round((1 - stage.settle) * total) * stage.accumulate, land=land)
+        assert network.gate is not None
+        step = round((1 - stage.settle) * total) * stage.accumulate
+        landing = Landing(gate=network.gate, step=step, land=land)
     seed = sub_seed(config.seed, RANK, rank)
     if isinstance(stage, SupervisedConfig):
         return Supervised(

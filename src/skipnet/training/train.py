@@ -257,12 +257,17 @@ def _run_stage(
         batches = _landing_batches(config, loader, info)
         return land(model, batches, stage.target_compute, reach=reach)
 
-    total = stage.total_steps(loader.steps_per_epoch)
     trained, seconds = fit(
         fabric,
         network,
         stage_task(
-            config, stage, total, fabric.global_rank, teacher, partial(land_on_target, network)
+            config,
+            stage,
+            network,
+            total=stage.total_steps(loader.steps_per_epoch),
+            rank=fabric.global_rank,
+            teacher=teacher,
+            land=partial(land_on_target, network),
         ),
         loader,
         name=name,
