@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from skipnet.routing.cost import Cost
 from skipnet.routing.network import SkipNet
 from skipnet.tasks.budget import mean_over_processes
 
 _FARTHEST = 8.0
-_HALVINGS = 12
+_HALVINGS = 20
+_PASSES = 12
 CLOSE = 0.002
 """A computation this near the target is left alone."""
 
@@ -68,27 +70,47 @@ def land(
     training = network.training
     network.eval()
 
-    def computation() -> float:
+    def run() -> tuple[Tensor, Cost]:
         with torch.no_grad():
-            fractions = [
-                network(images, decide="threshold", execute="compacted")[1].macs_fraction
-                for images in batches
+            routings = [
+                network(images, decide="threshold", execute="compacted")[1] for images in batches
             ]
-        # Of all processes: each has images of its own, and all must find the same shift.
-        own = torch.tensor(fractions, dtype=torch.float64, device=batches[0].device)
-        return mean_over_processes(own.mean())
+        return torch.cat([routing.logits for routing in routings]), routings[0].cost
 
-    best, least, shift = 0.0, computation(), 0.0
-    low, high = (-_FARTHEST, 0.0) if least > target else (0.0, _FARTHEST)
-    for _ in range(_HALVINGS):
-        if abs(least - target) <= CLOSE or abs(least - target) > reach:
-            break
-        middle = (low + high) / 2
-        network.gate.shift_logits_(middle - shift)
-        shift, found = middle, computation()
+    best, least, shift = 0.0, math.inf, 0.0
+    low, high = -_FARTHEST, _FARTHEST
+    for _ in range(_PASSES):
+        logits, cost = run()
+        found = _computation(logits, cost)
         if abs(found - target) < abs(least - target):
             best, least = shift, found
-        low, high = (low, middle) if found > target else (middle, high)
+        if abs(least - target) <= CLOSE or abs(least - target) > reach:
+            break
+        low, high = (low, shift) if found > target else (shift, high)
+        # A shift changes later features, and their logits with them, but seldom by much. The next
+        # one is what would do if it did not; of a small step thrice, to have the target between two.
+        step = _crossing(logits, cost, target, low - shift, high - shift)
+        if abs(step) < (high - low) / 8:
+            step *= 3
+        wanted = shift + step if low < shift + step < high else (low + high) / 2
+        network.gate.shift_logits_(wanted - shift)
+        shift = wanted
     network.gate.shift_logits_(best - shift)
     network.train(training)
     return least
+
+
+def _computation(logits: Tensor, cost: Cost) -> float:
+    """Share of dense that thresholded logits cost, over all processes, whose images differ."""
+    return mean_over_processes(cost.executed(logits).double().mean() / cost.dense)
+
+
+def _crossing(logits: Tensor, cost: Cost, target: float, low: float, high: float) -> float:
+    """The shift between two others at which logits, if nothing else changed, meet the target."""
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        if _computation(logits + middle, cost) > target:
+            high = middle
+        else:
+            low = middle
+    return (low + high) / 2
