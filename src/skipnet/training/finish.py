@@ -13,7 +13,7 @@ from skipnet.tasks.budget import mean_over_processes
 
 _FARTHEST = 8.0
 _HALVINGS = 20
-_PASSES = 12
+_PASSES = 20
 CLOSE = 0.002
 """A computation this near the target is left alone."""
 
@@ -88,7 +88,7 @@ def land(
             break
         low, high = (low, shift) if found > target else (shift, high)
         # A shift changes later features, and their logits with them, but seldom by much. The next
-        # one is what would do if it did not; of a small step thrice, to have the target between two.
+        # is what would do if it did not; a small step thrice, to have the target between two.
         step = _crossing(logits, cost, target, low - shift, high - shift)
         if abs(step) < (high - low) / 8:
             step *= 3
