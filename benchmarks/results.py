@@ -209,8 +209,10 @@ def _read_runs(paths: Sequence[Path]) -> dict[str, Any]:
 
 def _read_run(path: Path) -> dict[str, Any]:
     config = _json(path / "config.json")
-    # A local folder is named for what it holds, not for where it lay.
+    # What is local is named for what it holds, not for where it lay.
     config["data"]["name"] = Path(config["data"]["name"]).name
+    for field in ("start", "teacher"):
+        config[field] = config.get(field) and Path(config[field]).name
     lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     curve = []
     for line in map(json.loads, lines):

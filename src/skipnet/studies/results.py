@@ -29,9 +29,11 @@ def collect(study: Study, children: Sequence[Child]) -> Results:
         UserError: When a run's file cannot be read, or results.json cannot be written.
     """
     config = to_dict(study.config)
-    # A local folder is named for what it holds, not for where it lies.
+    # What is local is named for what it holds, not for where it lies.
     if Path(config["data"]["name"]).exists():
         config["data"]["name"] = Path(config["data"]["name"]).resolve().name
+    for field in ("start", "teacher"):
+        config[field] = config[field] and Path(config[field]).resolve().name
     runs = [entry for child in children if (entry := _entry(study, child)) is not None]
     names = {run["name"] for run in runs}
     results = {
