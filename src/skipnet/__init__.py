@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from skipnet.models import create as create
     from skipnet.models import list_models as list_models
     from skipnet.models import register as register
+    from skipnet.models.adapters import skippable as skippable
     from skipnet.models.weights import ModelInfo as ModelInfo
     from skipnet.models.weights import list_weights as list_weights
     from skipnet.models.weights import load as load
@@ -53,6 +54,7 @@ _HOMES = {
     "execution.export": ("export",),
     "execution.session": ("InferenceSession",),
     "models": ("create", "list_models", "register"),
+    "models.adapters": ("skippable",),
     "models.weights": ("ModelInfo", "list_weights", "load", "save"),
     "recipes": ("list_recipes", "recipe"),
     "routing.cost": ("Cost",),

@@ -109,6 +109,11 @@ def to_onnx(
         forced: Decisions to take whatever the gates say, bool [batch, gates], for measurements: the
             gates are computed all the same. The file then takes batches of this size only.
     """
+    if any(not isinstance(entry, nn.Identity) for entry in model.entries):
+        raise UserError(
+            "a network in which blocks that always run lie between others cannot be exported yet: "
+            "make all of them skippable (leave out blocks=…)"
+        )
     # In channels_last the exporter sees strided views, which take more nodes.
     network = model.fuse().cpu().float().to(memory_format=torch.contiguous_format)
     channels, (height, width) = info.architecture.in_channels, info.image_size
@@ -129,7 +134,7 @@ def to_onnx(
     )
     gate: _RecurrentGate | _FeedForwardGate | None = None
     if type(original) is RNNGate:
-        gate = _RecurrentGate(original, graph)
+        gate = _RecurrentGate(original, graph, examples.features[1:])
     elif columns:
         gate = _FeedForwardGate(columns, graph, parts, examples.features)
     _write(network, gate, examples, graph, parts, forced)
@@ -374,8 +379,9 @@ def _gathered(graph: _Graph, place: Any, runs: str, index: int, x: str, bypass: 
 class _RecurrentGate:
     """The recurrent gate: pooled features carried from block to block, one LSTM node a gate."""
 
-    def __init__(self, gate: RNNGate, graph: _Graph) -> None:
+    def __init__(self, gate: RNNGate, graph: _Graph, features: Sequence[Tensor]) -> None:
         self.gate, self.graph = gate, graph
+        self.ranks = [x.ndim for x in features]
         self.carried: str | None = None
         self.state = ("", "")
         cell, project = gate.lstm, gate.project
@@ -391,7 +397,11 @@ class _RecurrentGate:
         """Global average pool to [1, batch, channels], as the LSTM reads it."""
         width = self.gate.channels[index]
         shape = self.graph.constant(f"gate/shape{width}", np.array([1, -1, width]))
-        pooled = graph.add("GlobalAveragePool", [features], f"{name}/average")
+        if self.gate.layout == "maps":
+            pooled = graph.add("GlobalAveragePool", [features], f"{name}/average")
+        else:
+            axes = self.graph.constant(f"gate/axes{index}", np.arange(1, self.ranks[index] - 1))
+            pooled = graph.add("ReduceMean", [features, axes], f"{name}/average")
         return graph.add("Reshape", [pooled, shape], f"{name}/pooled")
 
     def logit(self, index: int, features: str) -> str:

@@ -251,11 +251,11 @@ class _Portable:
                 outputs.append(f"gate{i}/logit")
                 continue
             # Gate i reads what block i - 1 gave, or the bypass that replaced it.
-            nodes.append(helper.make_node("GlobalAveragePool", [f"x{i}"], [f"pooled{i}"]))
+            nodes.append(self._pool(i, f"x{i}", f"pooled{i}"))
             outputs.append(f"pooled{i}")
             if i > 1 and self.projected[i - 1]:
                 name = f"pooled{i}/skip"
-                nodes.append(helper.make_node("GlobalAveragePool", [f"bypass{i - 1}"], [name]))
+                nodes.append(self._pool(i, f"bypass{i - 1}", name))
                 outputs.append(name)
         used = {name for node in nodes for name in node.input}
         (images,) = self.proto.graph.input
@@ -271,6 +271,13 @@ class _Portable:
             opset_imports=list(self.proto.opset_import),
             ir_version=self.proto.ir_version,
         )
+
+    def _pool(self, gate: int, features: str, pooled: str) -> NodeProto:
+        """What a gate reads: the mean over the map, or over tokens, whose channels are last."""
+        axes = f"gate/axes{gate - 1}"
+        if axes in self.initializers:
+            return helper.make_node("ReduceMean", [features, axes], [pooled])
+        return helper.make_node("GlobalAveragePool", [features], [pooled])
 
     def _block(self, node: NodeProto) -> list[NodeProto]:
         """The nodes of the branch in which every row runs, writing to the block's output."""

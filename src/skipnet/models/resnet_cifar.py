@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from skipnet.models.registry import register
-from skipnet.routing.gates import GATES, GateName
+from skipnet.routing.gates import GateName, make_gate
 from skipnet.routing.network import SkipNet
 
 
@@ -88,7 +88,7 @@ def cifar_resnet(
         blocks=blocks,
         shortcuts=shortcuts,
         head=_Head(channels, num_classes),
-        gate=None if gate is None else GATES[gate](outputs[:-1]),
+        gate=None if gate is None else make_gate(gate, outputs[:-1]),
     )
     for module in [network.stem, network.blocks, network.shortcuts]:
         for layer in module.modules():

@@ -1,18 +1,17 @@
 """Counting: exact multiply-adds (MACs) of modules, from shapes.
 
-Convolutions, linear layers and LSTM cells are counted, one multiply-add as one; additions,
-normalisation, activations and pooling are not, as in the papers. Others publish 2 x MACs as FLOPs.
+Convolutions, linear layers and LSTM cells are counted, and the products of attention, one
+multiply-add as one; additions, normalisation, activations and pooling are not, as in the papers.
+Others publish 2 x MACs as FLOPs.
 """
 
 import copy
-from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from skipnet.errors import UserError
 from skipnet.routing.gates import StaticGate
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -35,23 +34,24 @@ def count_macs(module: nn.Module, *inputs: Any) -> tuple[int, Any]:
     """Run a `skeleton` and count its multiply-adds.
 
     Args:
-        module: A skeleton of convolutions, linear layers, LSTM cells and layers that cost nothing.
+        module: A skeleton. Of convolutions, linear layers, LSTM cells and layers that cost nothing,
+            layers are counted; of any other, matrix products and convolutions as they are called.
         *inputs: Its arguments; tensors on the meta device, at least two rows (a batch norm in
             training has no statistics of one value).
 
     Returns:
         The multiply-adds of one row, and the module's output (meta tensors).
-
-    Raises:
-        UserError: On a layer with weights whose multiply-adds we do not know.
     """
+    if not all(map(_known, module.modules())):
+        return _count_operations(module, *inputs)
     total = 0
 
     def count(layer: nn.Module, args: object, output: object) -> None:
         nonlocal total
         total += _layer_macs(layer, output)
 
-    handles = [layer.register_forward_hook(count) for layer in _counted(module)]
+    layers = [layer for layer in module.modules() if isinstance(layer, _COUNTED)]
+    handles = [layer.register_forward_hook(count) for layer in layers]
     with torch.no_grad():
         output = module(*inputs)
     for handle in handles:
@@ -59,16 +59,35 @@ def count_macs(module: nn.Module, *inputs: Any) -> tuple[int, Any]:
     return total, output
 
 
-def _counted(module: nn.Module) -> Iterable[nn.Module]:
-    for layer in module.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear | nn.LSTMCell):
-            yield layer
-        elif isinstance(layer, nn.MultiheadAttention) or (
-            not any(layer.children())
-            and next(layer.parameters(), None) is not None
-            and not isinstance(layer, _BatchNorm | nn.GroupNorm | nn.LayerNorm | StaticGate)
-        ):
-            raise UserError(f"no rule for the multiply-adds of {type(layer).__name__} layers")
+def _count_operations(module: nn.Module, *inputs: Any) -> tuple[int, Any]:
+    """Count what PyTorch calls; more than a layer's rule says where a layer is used in parts."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # Attention in inference has an operation of its own, which PyTorch does not count.
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    counter = FlopCounterMode(display=False)
+    try:
+        with torch.no_grad():
+            output = module(*inputs)
+            with counter:  # Of one row: some parts are computed once a batch.
+                module(*(x[:1] if isinstance(x, Tensor) else x for x in inputs))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return counter.get_total_flops() // 2, output
+
+
+_COUNTED = (nn.Conv2d, nn.Linear, nn.LSTMCell)
+_COST_NOTHING = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, StaticGate)
+
+
+def _known(layer: nn.Module) -> bool:
+    """Whether a layer's multiply-adds are those of the layers in it, or follow from its kind."""
+    if isinstance(layer, nn.MultiheadAttention):
+        return False
+    if isinstance(layer, _COUNTED + _COST_NOTHING) or type(layer).__module__.startswith("torch."):
+        return True
+    return type(layer).__module__.startswith("skipnet.")
 
 
 def _layer_macs(layer: nn.Module, output: object) -> int:

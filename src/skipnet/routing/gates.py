@@ -16,6 +16,8 @@ from torch.nn import functional
 from skipnet.errors import UserError
 
 GateName = Literal["rnn", "ff1", "ff2", "static"]
+Layout = Literal["maps", "tokens"]
+"""Of features: [batch, channels, height, width], or channels last, of any number of dimensions."""
 
 # What a gate carries from one block to the next: nothing, or an LSTM's (hidden, cell).
 State = tuple[Tensor, Tensor] | None
@@ -64,6 +66,11 @@ class Gate(nn.Module):
         """
         raise NotImplementedError
 
+    def open_(self) -> None:
+        """Let every block run on every input, in place, until something is learned."""
+        self.scale_logits_(0.0)
+        self.set_keep_(INITIAL_KEEP)
+
 
 class RNNGate(Gate):
     """Recurrent gate (SkipNet, section 3.1): pooling, a linear a block, one LSTM shared by all.
@@ -76,20 +83,27 @@ class RNNGate(Gate):
         hidden: Width of the embedding and of the LSTM; 10 in the paper.
         initial_keep: Probability of execution at initialisation when all else is zero. The bias of
             the last layer is set to its logit, so blocks start open.
+        layout: Of the features.
     """
 
     def __init__(
-        self, channels: Sequence[int], *, hidden: int = 10, initial_keep: float = INITIAL_KEEP
+        self,
+        channels: Sequence[int],
+        *,
+        hidden: int = 10,
+        initial_keep: float = INITIAL_KEEP,
+        layout: Layout = "maps",
     ) -> None:
         super().__init__()
         self.channels = tuple(channels)
+        self.layout = layout
         self.embed = nn.ModuleList(nn.Linear(width, hidden) for width in self.channels)
         self.lstm = nn.LSTMCell(hidden, hidden)
         self.project = nn.Linear(hidden, 1)
         self.set_keep_(initial_keep)
 
     def forward(self, index: int, features: Tensor, state: State) -> tuple[Tensor, State]:
-        pooled = _average(features)
+        pooled = _average(features) if self.layout == "maps" else features.flatten(1, -2).mean(1)
         state = self.lstm(self.embed[index](pooled), state)
         assert state is not None
         return self.project(state[0]).squeeze(1), state
@@ -261,6 +275,24 @@ GATES: dict[str, type[Gate]] = {
     "ff2": FFGateII,
     "static": StaticGate,
 }
+
+
+def make_gate(name: GateName, channels: Sequence[int], layout: Layout = "maps") -> Gate:
+    """Return a fresh gate.
+
+    Args:
+        name: Of its kind.
+        channels: Number of channels each gate reads.
+        layout: Of the features.
+
+    Raises:
+        UserError: When gates of this kind cannot read such features.
+    """
+    if name == "rnn":
+        return RNNGate(channels, layout=layout)
+    if layout == "tokens" and name in ("ff1", "ff2"):
+        raise UserError(f"gate {name} convolves maps, and this network has tokens: use rnn")
+    return GATES[name](channels)
 
 
 def _logit(probability: float) -> float:

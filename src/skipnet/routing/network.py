@@ -39,6 +39,12 @@ class SkipNet(nn.Module):
         shortcuts: One a block: identity, or the projection where shapes change.
         head: Features to class logits.
         gate: Decides about blocks 1 to K - 1; None gives the dense network.
+        entries: One a block: what runs on its input before anything else does, always, and before
+            the gate decides; identities if not given.
+
+    Attributes:
+        sources: The names in another model's state dict of what this network shares with it, by its
+            own names; see `models.adapters`.
     """
 
     def __init__(
@@ -48,8 +54,12 @@ class SkipNet(nn.Module):
         shortcuts: Sequence[nn.Module],
         head: nn.Module,
         gate: Gate | None = None,
+        entries: Sequence[nn.Module] | None = None,
     ) -> None:
         super().__init__()
+        entries = [nn.Identity() for _ in blocks] if entries is None else entries
+        if len(entries) != len(blocks):
+            raise UserError(f"{len(blocks)} blocks but {len(entries)} entries: one a block")
         if len(blocks) < 2:
             raise UserError(f"a routed network needs at least 2 residual blocks, not {len(blocks)}")
         if len(blocks) != len(shortcuts):
@@ -62,6 +72,8 @@ class SkipNet(nn.Module):
         self.stem = stem
         self.blocks = nn.ModuleList(blocks)
         self.shortcuts = nn.ModuleList(shortcuts)
+        self.entries = nn.ModuleList(entries)
+        self.sources: dict[str, str] = {}
         self.head = head
         self.gate = gate
         self._costs: dict[tuple[int, ...], Cost] = {}
@@ -119,7 +131,9 @@ class SkipNet(nn.Module):
         decisions: list[Tensor] = []
 
         features = self.stem(images)
-        for index, (block, shortcut) in enumerate(zip(self.blocks, self.shortcuts, strict=True)):
+        parts = zip(self.entries, self.blocks, self.shortcuts, strict=True)
+        for index, (entry, block, shortcut) in enumerate(parts):
+            features = entry(features)
             bypass = shortcut(features)
             if self.gate is None or index == 0:
                 features = block(features, bypass)
@@ -143,6 +157,11 @@ class SkipNet(nn.Module):
         if self.training or torch.is_grad_enabled():
             return False
         return not any(part._forward_hooks or part._forward_pre_hooks for part in self.modules())
+
+    def original_state_dict(self) -> dict[str, Tensor]:
+        """Return what this network shares with the model it was made of, under that one's names."""
+        own = self.state_dict()
+        return {name: own[key] for key, name in self.sources.items()}
 
     def fuse(self) -> "SkipNet":
         """Return a copy for inference, batch norms folded into the convolutions before them.
@@ -183,13 +202,15 @@ class SkipNet(nn.Module):
         stem, features = count_macs(self.stem, images)
         blocks, shortcuts, gates = [], [], []
         state: object = None
-        for index, (block, shortcut) in enumerate(zip(self.blocks, self.shortcuts, strict=True)):
+        parts = zip(self.entries, self.blocks, self.shortcuts, strict=True)
+        for index, (entry, block, shortcut) in enumerate(parts):
+            before, features = count_macs(entry, features)
             if self.gate is not None and index > 0:
                 macs, output = count_macs(self.gate, index - 1, features, state)
                 _, state = output
                 gates.append(macs)
             macs, bypass = count_macs(shortcut, features)
-            shortcuts.append(macs)
+            shortcuts.append(before + macs)
             macs, features = count_macs(block, features, bypass)
             blocks.append(macs)
         head, _ = count_macs(self.head, features)
