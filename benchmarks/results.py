@@ -67,12 +67,14 @@ def table(path: Path, origin: Path) -> str:
         there = results["cases"][0]["versions"]
         engines = "".join(f", {title} {there[key]}" for key, title in used.items() if key in there)
     environment = first["environment"]
+    found = [run["environment"]["commit"] for run in results.get("runs", [])]
+    commits = ", ".join(dict.fromkeys(found or [environment["commit"]]))
     hardware, versions = environment["hardware"], environment["versions"]
     lines += [
         "",
         f"`{name}`, seed {', '.join(map(str, seeds))}; "
         f"{hardware['gpu'] or hardware['cpu']}, {hardware['cores']} cores, torch "
-        f"{versions['torch']}{engines}, commit {environment['commit']}, "
+        f"{versions['torch']}{engines}, commit {commits}, "
         f"{environment['time'][:10]} ([JSON]({path.relative_to(origin)})).",
     ]
     return "\n".join(lines) + "\n"

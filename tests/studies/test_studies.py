@@ -240,7 +240,7 @@ class TestGoingOn:
     ) -> None:
         sweep("--targets", "0.5")
         assert cli.main(["sweep", "--resume", "s", "--no-dense"]) == 2
-        assert "s was started with dense: go on with it so" in capsys.readouterr().err
+        assert "s was started with dense: leave out --no-dense" in capsys.readouterr().err
 
     @pytest.mark.usefixtures("stand_in")
     def test_new_targets_of_a_resume_are_of_the_seeds_that_are_there(self) -> None:

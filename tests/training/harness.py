@@ -141,7 +141,7 @@ def tiny_config(**changes: Any) -> TrainConfig:
             optimizer=optimizer,
             schedule=schedule,
             target_compute=0.6,
-            settle=1 / 3,
+            settle=0.5,
             sharpen_to=1.0,
         ),
         log_every=4,

@@ -173,28 +173,60 @@ def test_lands_on_training_images_as_they_are(
     assert torch.equal(torch.cat(batches), expected)
 
 
+@pytest.mark.parametrize("gate", ["rnn", "ff1"])
 @pytest.mark.parametrize("stage", ["sp", "hrl"])
-def test_gates_stay_while_a_stage_settles(tmp_path: Path, stage: Any) -> None:
-    """The last third of the steps changes blocks, not gates, but for one number at its end."""
+def test_gates_stay_while_a_stage_settles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: Any, gate: Any
+) -> None:
+    """The last half of the steps changes blocks, and nothing of the gates."""
     config = tiny_config(stages=(stage,))
-    change = {"target_compute": 0.6, "settle": 1 / 3, "ema_decay": None, "iterations": 4}
+    config.model = replace(config.model, gate=gate)
+    change = {"target_compute": 0.6, "settle": 0.5, "ema_decay": None, "iterations": 6}
     setattr(config, stage, replace(config.stage(stage), **change))
-    seen: dict[int, dict[str, Tensor]] = {}
-    config.evaluate_every = None
+    seen: list[dict[str, Tensor]] = []
 
     def keep(network: SkipNet, *_: Any, **__: Any) -> float:
-        seen[len(seen)] = {name: x.clone() for name, x in network.state_dict().items()}
+        seen.append({name: x.clone() for name, x in network.state_dict().items()})
         return 0.6
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("skipnet.training.train.land", keep)
-        skipnet.train(config, output=tmp_path / "run")
-    assert len(seen) == 2, "moved once before settling, and once at the end"
-    changed = {name for name in seen[0] if not torch.equal(seen[0][name], seen[1][name])}
+    monkeypatch.setattr("skipnet.training.train.land", keep)
+    skipnet.train(config, output=tmp_path / "run")
+    before, after = seen  # Landed before settling, and at the end.
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert any(name.startswith("blocks") for name in changed)
     assert not any(name.startswith("gate") for name in changed)
-    lines = [line for line in metrics(tmp_path / "run") if "alpha" in line]
-    assert lines
+
+
+def test_an_average_of_the_weights_lands_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gates are moved once: an average would hold them back for as long as it remembers."""
+    config = tiny_config(stages=("hrl",))
+    config.hrl = replace(config.hrl, settle=0.5, ema_decay=0.999)
+    shifts = iter([-3.0, 0.0])
+    biases: list[float] = []
+
+    def land(network: SkipNet, *_: Any, **__: Any) -> float:
+        assert network.gate is not None
+        network.gate.shift_logits_(next(shifts))
+        biases.append(network.gate.project.bias.item())  # type: ignore[union-attr, operator]
+        return 0.6
+
+    monkeypatch.setattr("skipnet.training.train.land", land)
+    skipnet.train(config, output=tmp_path / "run")
+    assert biases[0] == biases[1]
+
+
+def test_rewards_alone_never_settle() -> None:
+    config = tiny_config().hrl
+    assert config.settles and not replace(config, supervised_weight=0.0).settles
+
+
+def test_a_stage_holds_its_ramp_and_its_settling() -> None:
+    with pytest.raises(
+        UserError, match=r"target_ramp 0\.9 and settle 0\.2 are more than the whole"
+    ):
+        replace(tiny_config().hrl, target_ramp=0.9, settle=0.2)
 
 
 @pytest.mark.parametrize(

@@ -158,8 +158,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path} is a folder: name the model file, {path / 'model.safetensors'}")
     if not path.is_file():
         raise UserError(
-            f"there is no model file {path}, and the package's networks are "
-            f"{', '.join(list_weights())}"
+            f"there is no model file {path} (skipnet list runs and skipnet list weights show what "
+            "there is)"
         )
     try:
         with safetensors.safe_open(path, framework="pt") as file:

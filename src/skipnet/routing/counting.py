@@ -83,11 +83,11 @@ _COST_NOTHING = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, StaticGate)
 
 def _known(layer: nn.Module) -> bool:
     """Whether a layer's multiply-adds are those of the layers in it, or follow from its kind."""
-    if isinstance(layer, nn.MultiheadAttention):
-        return False
-    if isinstance(layer, _COUNTED + _COST_NOTHING) or type(layer).__module__.startswith("torch."):
+    if isinstance(layer, _COUNTED + _COST_NOTHING):
         return True
-    return type(layer).__module__.startswith("skipnet.")
+    own = type(layer).__module__.startswith(("torch.", "skipnet."))
+    has_weights = next(layer.parameters(recurse=False), None) is not None
+    return own and not has_weights and not isinstance(layer, nn.MultiheadAttention)
 
 
 def _layer_macs(layer: nn.Module, output: object) -> int:

@@ -113,7 +113,7 @@ def no_sharpen(config: TrainConfig) -> TrainConfig:
 
 
 def no_landing(config: TrainConfig) -> TrainConfig:
-    """The computation is left where the budget has driven it."""
+    """The computation is left where the budget has driven it, and gates learn to the end."""
     return _hrl(config, land=config.hrl.land and config.hrl.target_compute is None)
 
 

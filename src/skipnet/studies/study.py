@@ -224,8 +224,8 @@ def study_of(path: Path, kind: str, config: TrainConfig, settings: Settings) -> 
     for name, value in settings.items():
         if value is False and there.settings.get(name):
             raise UserError(
-                f"{path} was started with {name}: go on with it so, or name another directory with "
-                "--output"
+                f"{path} was started with {name}: leave out --no-{name}, or name another directory "
+                "with --output"
             )
     joined = {name: _join(there.settings.get(name), value) for name, value in settings.items()}
     return dataclasses.replace(there, settings=joined)

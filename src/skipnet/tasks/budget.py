@@ -76,20 +76,30 @@ class Landing:
         gate: What stays.
         step: The first step after the move.
         land: Moves the gates.
+        landed: State: whether it has.
     """
 
     gate: nn.Module
     step: int
     land: Callable[[], object]
+    landed: bool = False
 
-    def done(self, step: int) -> bool:
-        """Return whether gates stay as they are in a step; move them before the first one."""
-        if step == self.step:
+    def advance(self, step: int) -> bool:
+        """Return whether gates stay as they are in a step, having moved them before the first."""
+        if step >= self.step and not self.landed:
             self.land()
-        # Not a gradient of 0, by which weight decay and momentum would move them; and what has none
-        # is not waited for by the other processes.
-        self.gate.requires_grad_(step < self.step)
-        return step >= self.step
+            self.landed = True
+        if self.landed:
+            # Not a gradient of 0, by which weight decay and momentum would move them; and what has
+            # none is not waited for by other processes. Their batch norms are as at inference.
+            self.gate.requires_grad_(False).eval()
+        return self.landed
+
+    def state_dict(self) -> dict[str, float]:
+        return {"landed": float(self.landed)}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.landed = bool(state.get("landed", False))
 
 
 def mean_over_processes(value: Tensor) -> float:

@@ -122,7 +122,7 @@ class Hybrid:
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, step: int) -> Metrics:
         generator = torch.Generator(images.device)
         generator.manual_seed(sub_seed(self.seed, DECISIONS, step))
-        landed = self.landing is not None and self.landing.done(step)
+        landed = self.landing is not None and self.landing.advance(step)
         if self.samples > 1 and not landed:
             images = images.repeat(self.samples, 1, 1, 1)
             labels = labels.repeat(self.samples)
@@ -161,7 +161,7 @@ class Hybrid:
             "macs_thresholded": inference,
             "entropy": (uncertainty / len(costs)).detach(),
             "information": told.detach(),
-            "alpha": torch.tensor(alpha),
+            "alpha": torch.tensor(0.0 if landed else alpha),
         }
 
     def _policy(
@@ -242,13 +242,17 @@ class Hybrid:
         return gate_returns(self.criterion(logits, images, labels), rewards, self.alpha, beta)
 
     def state_dict(self) -> dict[str, float]:
-        budget = {} if self.budget is None else self.budget.state_dict()
-        return {"alpha": self.alpha, **budget}
+        state = {"alpha": self.alpha}
+        for part in (self.budget, self.landing):
+            if part is not None:
+                state |= part.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.alpha = state["alpha"]
-        if self.budget is not None:
-            self.budget.load_state_dict(state)
+        for part in (self.budget, self.landing):
+            if part is not None:
+                part.load_state_dict(state)
 
 
 @contextmanager

@@ -59,7 +59,7 @@ class Supervised:
         self.seed = seed
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, step: int) -> Metrics:
-        landed = self.landing is not None and self.landing.done(step)
+        landed = self.landing is not None and self.landing.advance(step)
         decision = Threshold() if landed else self._decision(images.device, step)
         # Rows can be left out only where no gradient flows through g.
         execute: ExecutorName = "compacted" if decision.binary(True) else "masked"
@@ -84,7 +84,7 @@ class Supervised:
                 "keep_rate": routing.executed.float().mean(),
                 "macs_fraction": computation,
                 "information": told.detach(),
-                "alpha": torch.tensor(self.alpha),
+                "alpha": torch.tensor(0.0 if landed else self.alpha),
             }
             if self.budget is not None and not landed:
                 self.alpha = self.budget.update(mean_over_processes(computation), step)
@@ -100,10 +100,14 @@ class Supervised:
         return Gumbel(generator) if self.decide == "gumbel" else Sample(generator)
 
     def state_dict(self) -> dict[str, float]:
-        budget = {} if self.budget is None else self.budget.state_dict()
-        return {"alpha": self.alpha, **budget}
+        state = {"alpha": self.alpha}
+        for part in (self.budget, self.landing):
+            if part is not None:
+                state |= part.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.alpha = state.get("alpha", self.alpha)  # Checkpoints of 0.1 have none.
-        if self.budget is not None:
-            self.budget.load_state_dict(state)
+        for part in (self.budget, self.landing):
+            if part is not None:
+                part.load_state_dict(state)

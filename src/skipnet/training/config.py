@@ -146,8 +146,8 @@ class RoutedConfig(StageConfig):
     """Shift all gates' logits by one number so that the computation on training images meets
     target_compute: when settling begins, and again when the stage ends within 5 points of it."""
     settle: float = 0.2
-    """Share of the stage, at its end, in which gates that aim at target_compute and have landed on
-    it stay as they are, and the blocks get used to them; 0 lets gates learn to the end."""
+    """Share of the stage, at its end, in which gates that aim at target_compute, having landed,
+    stay as they are, and the blocks get used to them; 0 lets gates learn to the end."""
     costs: CostName = "uniform"
     """C_i: uniform (the paper's 1), or macs (each block's multiply-adds over their mean)."""
     diversity: float = 0.0
@@ -165,6 +165,11 @@ class RoutedConfig(StageConfig):
             raise UserError(f"target_ramp must lie in [0, 1], not {self.target_ramp}")
         if not 0 <= self.settle < 1:
             raise UserError(f"settle must lie in [0, 1), not {self.settle}")
+        if self.settles and self.target_ramp + self.settle > 1:
+            raise UserError(
+                f"target_ramp {self.target_ramp} and settle {self.settle} are more than the whole "
+                "stage: lower one of them, or set settle to 0"
+            )
         _at_least_0(self, "alpha_rate", "alpha_damping", "diversity")
 
     @property
@@ -232,6 +237,11 @@ class HybridConfig(RoutedConfig):
         if self.baseline == "leave-one-out" and self.samples < 2 and self.estimator != "flip":
             raise UserError("baseline leave-one-out needs samples of at least 2")
 
+    @property
+    def settles(self) -> bool:
+        # With nothing else to learn from than rewards, gates learn to the end.
+        return super().settles and self.supervised_weight > 0
+
 
 @dataclass(kw_only=True)
 class ModelConfig:
@@ -269,10 +279,11 @@ class TrainConfig:
     sp: SupervisedConfig
     hrl: HybridConfig
     start: Path | None = None
-    """A run directory or model file whose weights the first stage starts from."""
+    """A run directory, a model file or a name (skipnet list weights) whose weights the first stage
+    starts from."""
     teacher: Path | None = None
-    """Run directory (its dense network) or model file whose answers sp and hrl learn from as well;
-    none learns from the labels alone."""
+    """Run directory (its dense network), model file or name (skipnet list weights) whose answers sp
+    and hrl learn from as well; none learns from the labels alone."""
     teacher_weight: float = 0.5
     """Share of the teacher's term in the loss; the labels have the rest."""
     teacher_temperature: float = 2.0
@@ -290,7 +301,8 @@ class TrainConfig:
     """auto, cpu or cuda."""
     compile: bool = False
     """torch.compile for the dense and SP stages, with CUDA graphs on a GPU, where small blocks
-    are bound by launches. A minute or more to start; no gain on a CPU; no effect on HRL."""
+    are bound by launches. A minute or more to start; no gain on a CPU; no effect on HRL, nor on an
+    SP that settles."""
     log_every: int = 50
     """Steps between two lines of metrics.jsonl."""
     evaluate_every: float | None = 1.0

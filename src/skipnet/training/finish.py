@@ -1,4 +1,4 @@
-"""What is adjusted when a stage ends: statistics of batch norms, and the gates' threshold."""
+"""What is adjusted beside training: statistics of batch norms, and the gates' threshold."""
 
 import math
 from collections.abc import Iterable, Sequence

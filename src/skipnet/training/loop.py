@@ -176,6 +176,7 @@ def fit(
         fabric_optimizer.zero_grad(set_to_none=True)
         if average is not None:
             average.update_parameters(network)
+            _copy_what_stays(network, average.module)
         done = step + 1
         counted += 1
         timed += 1
@@ -269,6 +270,14 @@ def _optimizer_state(
             value = torch.empty_like(parameter).copy_(value)
         state.setdefault(int(index), {})[name] = value
     return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+
+
+def _copy_what_stays(network: nn.Module, average: nn.Module) -> None:
+    """Take what does not learn as it is: gates that have landed were moved at once."""
+    with torch.no_grad():
+        for own, mean in zip(network.parameters(), average.parameters(), strict=True):
+            if not own.requires_grad:
+                mean.copy_(own)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

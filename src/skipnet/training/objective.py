@@ -65,6 +65,10 @@ def stage_task(
         landing = Landing(gate=network.gate, step=step, land=land)
     seed = sub_seed(config.seed, RANK, rank)
     if isinstance(stage, SupervisedConfig):
+        if stage.decide in ("sample", "threshold") and not stage.diversity:
+            # Nothing moves the gates, and other processes are not to wait for their gradients.
+            assert network.gate is not None
+            network.gate.requires_grad_(False)
         return Supervised(
             decide=stage.decide,
             criterion=criterion,

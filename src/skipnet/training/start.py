@@ -39,7 +39,10 @@ def locate_start(start: Path, stage: StageName) -> Path:
     start = find_weights(start)
     if not start.is_dir():
         if not start.is_file():
-            raise UserError(f"there is no run directory or model file {start} to start from")
+            raise UserError(
+                f"there is no run directory or model file {start} to start from (skipnet list runs "
+                "and skipnet list weights show what there is)"
+            )
         return start
     run, _ = RunDirectory.open(start)
     wanted = _PREDECESSORS[stage]

@@ -94,7 +94,7 @@ def train(
 
     training_set, test_set = load(config.data)
     info = network_info(config, training_set)
-    for idle in _without_effect(config):
+    for idle in _without_effect(config) if fabric.is_global_zero else ():
         warnings.warn(idle, stacklevel=2)
     training_set, test_set = training_set.to(fabric.device), test_set.to(fabric.device)
     # A target out of reach, a batch that is too large, or weights that do not fit are told before a
@@ -355,13 +355,13 @@ def _compilable(stage: StageConfig, name: StageName) -> bool:
 def _without_effect(config: TrainConfig) -> list[str]:
     """What is asked for, and nothing will come of."""
     idle = []
-    if config.compile:
-        why = "it draws decisions, and runs blocks on the rows they choose"
-        idle += [
-            f"compile has no effect on {name}: {why}"
-            for name in config.stages
-            if not _compilable(config.stage(name), name)
-        ]
+    for name in config.stages:
+        stage = config.stage(name)
+        if config.compile and not _compilable(stage, name):
+            why = "it draws decisions, and runs blocks on the rows they choose"
+            if isinstance(stage, RoutedConfig) and stage.settles and name == "sp":
+                why = "its last steps run blocks on some rows (--sp.settle 0 lets it compile)"
+            idle.append(f"compile has no effect on {name}: {why}")
     if not set(config.stages) & {"sp", "hrl"}:
         why = "the stage dense has no gates, and learns from the labels alone"
         idle += [
