@@ -273,6 +273,7 @@ def test_stages_alone_and_together_agree(tmp_path: Path) -> None:
 def test_hybrid_training_starts_from_supervised(tmp_path: Path) -> None:
     config = tiny_config(stages=("sp", "hrl"))
     config.sp.ema_decay = config.hrl.ema_decay = config.hrl.sharpen_to = None
+    config.hrl.land = False
     config.hrl.iterations, config.hrl.optimizer = 1, OptimizerConfig(lr=1e-12, momentum=0)
     path = skipnet.train(config, output=tmp_path / "run").path
     sp, hrl = weights(path / "sp.safetensors"), weights(path / "hrl.safetensors")
