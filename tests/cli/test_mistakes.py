@@ -101,7 +101,10 @@ class TestNames:
         assert "did you mean cifar_resnet38" in mistake("info", "cifar_resnet83")
 
     def test_run_to_show(self, mistake: Mistake) -> None:
-        expected = "there is no run directory or model file runs/x; see skipnet list runs"
+        expected = (
+            "there is no run directory or model file runs/x; see skipnet list runs, and skipnet "
+            "list weights"
+        )
         assert mistake("info", "runs/x") == expected
         assert mistake("evaluate", "runs/x") == expected
         assert "model file x.safetensors" in mistake("info", "x.safetensors")
