@@ -68,7 +68,8 @@ def table(path: Path, origin: Path) -> str:
         engines = "".join(f", {title} {there[key]}" for key, title in used.items() if key in there)
     environment = first["environment"]
     found = [run["environment"]["commit"] for run in results.get("runs", [])]
-    commits = ", ".join(dict.fromkeys(found or [environment["commit"]]))
+    known = [commit for commit in found or [environment["commit"]] if commit is not None]
+    commits = ", ".join(dict.fromkeys(known)) or "unknown"
     hardware, versions = environment["hardware"], environment["versions"]
     lines += [
         "",

@@ -12,7 +12,7 @@ from skipnet.training.config import (
 
 
 def cifar10_resnet20_rnn_short() -> TrainConfig:
-    """ResNet-20 with recurrent gates on CIFAR-10 in about 40 minutes of two CPU cores."""
+    """ResNet-20 with recurrent gates on CIFAR-10, in half the time of ResNet-38."""
     config = cifar10_resnet38_rnn_short()
     config.recipe, config.model.name = "cifar10-resnet20-rnn-short", "cifar_resnet20"
     return config
