@@ -100,6 +100,13 @@ def test_every_gate_starts_open(gate: GateName | None) -> None:
     torch.testing.assert_close(logits, model(loud))
 
 
+@torch.no_grad()
+def test_a_model_in_half_precision() -> None:
+    model = torchvision.models.resnet18(num_classes=5).bfloat16().eval()
+    logits, routing = skippable(model)(images().bfloat16())
+    assert torch.equal(logits, model(images().bfloat16())) and routing.executed.all()
+
+
 def test_open_gates_learn() -> None:
     """They start open on every input, and not at a point without gradient."""
     model = torchvision.models.resnet18(num_classes=5)

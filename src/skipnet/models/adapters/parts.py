@@ -95,7 +95,8 @@ def shapes(parts: Parts) -> list[tuple[torch.Size, torch.Size]]:
     found = []
     try:
         with torch.no_grad():
-            x = bare[0](torch.empty(2, *parts.input_size, device="meta"))
+            dtype = next((p.dtype for p in bare.parameters() if p.is_floating_point()), None)
+            x = bare[0](torch.empty(2, *parts.input_size, device="meta", dtype=dtype))
             for pair in bare[1:-1]:
                 assert isinstance(pair, nn.ModuleList)
                 shortcut = pair[0](x)
