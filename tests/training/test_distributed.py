@@ -145,6 +145,16 @@ def test_blocks_that_one_process_does_not_run(
         assert [line["alpha"] for line in lines[1:]] == pytest.approx([*logged[:2], *settled])
 
 
+@pytest.mark.parametrize("decide", ["sample", "threshold"])
+def test_gates_that_do_not_learn(tmp_path: Path, decide: Any) -> None:
+    """No process waits for the gradient of gates that decide, and have none."""
+    config = tiny_config(stages=("sp",))
+    config.sp = replace(config.sp, decide=decide)
+    train(config, tmp_path)
+    before, after = (line["loss"] for line in metrics(tmp_path / "run"))
+    assert before != after
+
+
 @dataclass(frozen=True)
 class SlowClock:
     """A process whose time hardly passes."""
