@@ -124,8 +124,9 @@ class TestRefused:
 
     def test_nothing_there(self, tmp_path: Path) -> None:
         message = refused(started("hrl", tmp_path / "none"), tmp_path)
-        assert (
-            f"there is no run directory or model file {tmp_path / 'none'} to start from" in message
+        assert message == (
+            f"there is no run directory or model file {tmp_path / 'none'} to start from (skipnet "
+            "list runs and skipnet list weights show what there is)"
         )
 
     def test_no_run_directory(self, tmp_path: Path) -> None:

@@ -166,6 +166,31 @@ class TestRefused:
         with pytest.raises(UserError, match="the parts do not fit together on an image of 3x224x2"):
             skippable(model, stem=model.top, blocks=list(model.body), head=model.conv)
 
+    def test_a_variant_whose_forward_is_its_own(self) -> None:
+        class Doubled(torchvision.models.ResNet):
+            def forward(self, x: Tensor) -> Tensor:
+                logits: Tensor = super().forward(x)
+                return 2 * logits
+
+        block = torchvision.models.resnet.BasicBlock
+        with pytest.raises(UserError, match="the parts of Doubled compute something else"):
+            skippable(Doubled(block, [1, 1, 1, 1]))
+
+    def test_parts_that_leave_something_out(self) -> None:
+        model = Own().train()
+        with pytest.raises(UserError, match="the parts of Own compute something else"):
+            skippable(model, stem=model.conv, blocks=list(model.body)[1:], head=model.top)
+        assert all(module.training for module in model.modules())
+
+    def test_no_logits_to_compare_with(self) -> None:
+        class Pair(Own):
+            def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+                return super().forward(x), x
+
+        model = Pair()
+        with pytest.raises(UserError, match="Pair returns tuple, not logits"):
+            skippable(model, stem=model.conv, blocks=list(model.body), head=model.top)
+
     def test_convolving_gates_for_tokens(self) -> None:
         with pytest.raises(UserError, match="gate ff1 convolves maps, and this network has tokens"):
             skippable(torchvision.models.VisionTransformer(32, 8, 2, 2, 8, 8), "ff1")
@@ -174,3 +199,8 @@ class TestRefused:
         network = skippable(torchvision.models.resnet18(num_classes=5), blocks=[2, 5])
         with pytest.raises(UserError, match="cannot be exported yet"):
             to_onnx(network, None)  # type: ignore[arg-type]
+
+
+def test_a_fused_copy_shares_nothing_with_the_model() -> None:
+    network = skippable(torchvision.models.resnet18(num_classes=5)).eval()
+    assert network.fuse().original_state_dict() == {} != network.original_state_dict()

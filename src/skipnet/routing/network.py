@@ -170,6 +170,7 @@ class SkipNet(nn.Module):
         be trained or saved: it has other parameters.
         """
         fused = copy.deepcopy(self).eval()
+        fused.sources = {}
         for name, part in fused.named_children():
             if isinstance(part, nn.ModuleList):
                 for index, module in enumerate(part):

@@ -144,7 +144,16 @@ class Hybrid:
         told = information(routing.logits).mean()
         loss = self.supervised_weight * losses.mean()
         if not landed:
-            policy = self._policy(model, images, labels, routing, losses, costs, generator, execute)
+            # A budget may drive alpha below zero; a loss is never to be wished for.
+            beta = max(0.0, alpha) / len(costs) if self.beta is None else self.beta
+            if self.estimator == "flip":
+                policy = self._flip(
+                    model, images, labels, routing, losses, costs, beta, generator, execute
+                )
+            else:
+                returns = gate_returns(losses, skip_rewards(routing.decisions, costs), alpha, beta)
+                advantages = returns - self._baseline(model, images, labels, returns, costs, beta)
+                policy = policy_loss(routing.logits, routing.decisions, advantages)
             loss = loss + self.policy_weight * policy
             loss = loss - self.entropy_bonus * uncertainty - self.diversity * told
 
@@ -163,28 +172,6 @@ class Hybrid:
             "information": told.detach(),
             "alpha": torch.tensor(0.0 if landed else alpha),
         }
-
-    def _policy(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        routing: Routing,
-        losses: Tensor,
-        costs: Tensor,
-        generator: torch.Generator,
-        execute: ExecutorName,
-    ) -> Tensor:
-        """What the gates learn by."""
-        # A budget may drive alpha below zero; a loss is never to be wished for.
-        beta = max(0.0, self.alpha) / len(costs) if self.beta is None else self.beta
-        if self.estimator == "flip":
-            return self._flip(
-                model, images, labels, routing, losses, costs, beta, generator, execute
-            )
-        returns = gate_returns(losses, skip_rewards(routing.decisions, costs), self.alpha, beta)
-        advantages = returns - self._baseline(model, images, labels, returns, costs, beta)
-        return policy_loss(routing.logits, routing.decisions, advantages)
 
     def _flip(
         self,

@@ -1,7 +1,9 @@
 """Any residual network, trained elsewhere, as a routed one on the same weights."""
 
+import math
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from skipnet.errors import UserError
@@ -19,6 +21,8 @@ from skipnet.models.adapters.parts import (
 )
 from skipnet.routing.gates import GateName, Layout, make_gate
 from skipnet.routing.network import SkipNet
+
+_TOLERANCE = 1e-3
 
 
 def skippable(
@@ -43,8 +47,9 @@ def skippable(
         model: A model of a known family (see `list_adapters`), or any other with stem, blocks and
             head named.
         gate: Kind of gate, or None for the same network without gates.
-        blocks: Of a known family, the numbers of the blocks that may be skipped, from 0; all if not
-            given. Of another model, its blocks in order, each of which adds its own input.
+        blocks: Of a known family, the numbers of the blocks that may be skipped, 0 being the first,
+            which always runs; all others if not given. Of another model, its blocks in order, each
+            of which adds its own input.
         stem: What comes before the blocks, images to features, of another model.
         head: What comes after them, features to class logits.
         layout: Of another model's features: "maps", or "tokens", channels last.
@@ -52,7 +57,8 @@ def skippable(
             if not given.
 
     Raises:
-        UserError: When nothing can be skipped, or the parts are not the model's or do not fit.
+        UserError: When nothing can be skipped, the parts are not the model's or do not fit, or they
+            compute something else than the model does: logits of one image are compared.
     """
     if stem is None and head is None:
         find = adapter_of(model)
@@ -112,7 +118,40 @@ def _assemble(
         network.gate.open_()
         network.gate.to(next(model.parameters()))
     network.sources = _sources(network, model)
+    _demand_same(model, network, parts.input_size)
     return network.train(model.training)
+
+
+def _demand_same(model: nn.Module, network: SkipNet, size: tuple[int, int, int]) -> None:
+    """Hold the network with all gates open against the model, on an image of noise.
+
+    A subclass of a known family may have a forward of its own, which no adapter sees.
+    """
+    reference = next(model.parameters())
+    if reference.is_meta:
+        return
+    noise = torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(reference)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    network.eval()
+    try:
+        with torch.no_grad():
+            expected, (logits, _) = model(noise), network(noise)
+    finally:
+        for module, training in modes:
+            module.training = training
+    expected = getattr(expected, "logits", expected)
+    if not isinstance(expected, Tensor):
+        raise UserError(
+            f"{type(model).__name__} returns {type(expected).__name__}, not logits that the parts "
+            "could be held against: wrap it in a module that returns them"
+        )
+    error = (logits - expected).abs().max() if logits.shape == expected.shape else math.inf
+    if not error <= _TOLERANCE * max(1.0, expected.abs().max().item()):
+        raise UserError(
+            f"the parts of {type(model).__name__} compute something else than it does: check what "
+            "stem, blocks and head leave out, or name them if it is a variant of a known family"
+        )
 
 
 class _AlwaysRuns(nn.Module):

@@ -61,6 +61,24 @@ class Whole(nn.Module):
         return self.block(shortcut)
 
 
+class Sum(nn.Module):
+    """A block that adds its shortcut to a branch: `activation(branch(x) + shortcut)`."""
+
+    def __init__(self, branch: nn.Module, activation: nn.Module) -> None:
+        super().__init__()
+        self.branch, self.activation = branch, activation
+
+    def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        return self.activation(self.branch(x) + shortcut)
+
+
+class FirstToken(nn.Module):
+    """What a class token has gathered: tokens [batch, tokens, channels] to [batch, channels]."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens[:, 0]
+
+
 def shell(model: nn.Module, without: Iterable[str]) -> nn.Module:
     """Return a shallow copy of a module, on the same weights, that lacks some of its own.
 
@@ -107,7 +125,7 @@ def shapes(parts: Parts) -> list[tuple[torch.Size, torch.Size]]:
         size = "x".join(map(str, parts.input_size))
         raise UserError(
             f"the parts do not fit together on an image of {size}: {error} (name the size that the "
-            "model takes with input_size, and check stem, blocks and head)"
+            "model takes with input_size, or its parts with stem, blocks and head)"
         ) from None
     return found
 

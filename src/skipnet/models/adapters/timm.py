@@ -76,7 +76,6 @@ def convnext(model: Any) -> Parts:
     blocks = []
     for stage in model.stages:
         for index, block in enumerate(stage.blocks):
-            # A block may project what it adds itself; then its own skip is no identity.
             before = stage.downsample if index == 0 else nn.Identity()
             blocks.append(Block(block=Whole(block), shortcut=before))
     return Parts(

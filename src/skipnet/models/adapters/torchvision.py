@@ -5,7 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipnet.models.adapters.parts import Block, Parts, Whole, adapter, in_sequence
+from skipnet.models.adapters.parts import (
+    Block,
+    FirstToken,
+    Parts,
+    Sum,
+    Whole,
+    adapter,
+    in_sequence,
+)
 
 
 class Residual(nn.Module):
@@ -47,22 +55,13 @@ def resnet(model: Any) -> Parts:
     )
 
 
-class _RegNetBlock(nn.Module):
-    def __init__(self, block: Any) -> None:
-        super().__init__()
-        self.f, self.activation = block.f, block.activation
-
-    def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        return self.activation(self.f(x) + shortcut)
-
-
 @adapter("torchvision.models.regnet.RegNet")
 def regnet(model: Any) -> Parts:
     """RegNet X and Y."""
     return Parts(
         stem=model.stem,
         blocks=[
-            Block(block=_RegNetBlock(block), shortcut=block.proj or nn.Identity())
+            Block(block=Sum(block.f, block.activation), shortcut=block.proj or nn.Identity())
             for stage in model.trunk_output
             for block in stage
         ],
@@ -120,18 +119,13 @@ class _ViTStem(nn.Module):
         return self.dropout(tokens + self.pos_embedding)
 
 
-class _FirstToken(nn.Module):
-    def forward(self, tokens: Tensor) -> Tensor:
-        return tokens[:, 0]
-
-
 @adapter("torchvision.models.vision_transformer.VisionTransformer")
 def vit(model: Any) -> Parts:
     """ViT."""
     return Parts(
         stem=_ViTStem(model),
         blocks=[Block(block=Whole(layer)) for layer in model.encoder.layers],
-        head=nn.Sequential(model.encoder.ln, _FirstToken(), model.heads),
+        head=nn.Sequential(model.encoder.ln, FirstToken(), model.heads),
         layout="tokens",
         input_size=(3, model.image_size, model.image_size),
     )

@@ -4,16 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from skipnet.models.adapters.parts import Block, Parts, Whole, adapter
-
-
-class _ResNetBlock(nn.Module):
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.layer, self.activation = layer.layer, layer.activation
-
-    def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        return self.activation(self.layer(x) + shortcut)
+from skipnet.models.adapters.parts import Block, FirstToken, Parts, Sum, Whole, adapter
 
 
 @adapter("transformers.models.resnet.modeling_resnet.ResNetForImageClassification")
@@ -22,18 +13,13 @@ def resnet(model: Any) -> Parts:
     return Parts(
         stem=model.resnet.embedder,
         blocks=[
-            Block(block=_ResNetBlock(layer), shortcut=layer.shortcut)
+            Block(block=Sum(layer.layer, layer.activation), shortcut=layer.shortcut)
             for stage in model.resnet.encoder.stages
             for layer in stage.layers
         ],
         head=nn.Sequential(model.resnet.pooler, model.classifier),
         input_size=(model.config.num_channels, 224, 224),
     )
-
-
-class _FirstToken(nn.Module):
-    def forward(self, tokens: Tensor) -> Tensor:
-        return tokens[:, 0]
 
 
 @adapter("transformers.models.vit.modeling_vit.ViTForImageClassification")
@@ -45,7 +31,7 @@ def vit(model: Any) -> Parts:
     return Parts(
         stem=model.vit.embeddings,
         blocks=[Block(block=Whole(_Tensor(layer))) for layer in layers],
-        head=nn.Sequential(model.vit.layernorm, _FirstToken(), model.classifier),
+        head=nn.Sequential(model.vit.layernorm, FirstToken(), model.classifier),
         layout="tokens",
         input_size=(channels, height, width),
     )
