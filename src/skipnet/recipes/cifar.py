@@ -1,5 +1,7 @@
 """CIFAR-10 in an hour on a CPU."""
 
+from dataclasses import replace
+
 from skipnet.recipes.paper import paper
 from skipnet.training.config import (
     HybridConfig,
@@ -26,9 +28,12 @@ def cifar10_resnet38_rnn_short() -> TrainConfig:
     config.dense = StageConfig(
         epochs=9, optimizer=optimizer, schedule=ScheduleConfig(name="one-cycle")
     )
-    # Together the two stages follow the dense network's one cycle: up in SP, down in HRL.
+    # Together the two stages follow the dense network's one cycle: up in SP, down in HRL. Gates are
+    # slow in SP: left to themselves they sink towards the threshold and blocks get less training.
     config.sp = SupervisedConfig(
-        epochs=3, optimizer=optimizer, schedule=ScheduleConfig(name="one-cycle", peak=0.98)
+        epochs=3,
+        optimizer=replace(optimizer, gate_lr=0.005),
+        schedule=ScheduleConfig(name="one-cycle", peak=0.98),
     )
     config.hrl = HybridConfig(
         epochs=6,
