@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from skipnet.errors import UserError as UserError
     from skipnet.execution.export import export as export
     from skipnet.execution.session import InferenceSession as InferenceSession
+    from skipnet.models import Architecture as Architecture
     from skipnet.models import create as create
     from skipnet.models import list_models as list_models
     from skipnet.models import register as register
@@ -53,7 +54,7 @@ _HOMES = {
     "errors": ("Interrupted", "UserError"),
     "execution.export": ("export",),
     "execution.session": ("InferenceSession",),
-    "models": ("create", "list_models", "register"),
+    "models": ("Architecture", "create", "list_models", "register"),
     "models.adapters": ("skippable",),
     "models.weights": ("ModelInfo", "list_weights", "load", "save"),
     "recipes": ("list_recipes", "recipe"),

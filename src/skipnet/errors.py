@@ -1,6 +1,7 @@
 """What ends a command in other ways than success or a defect of ours."""
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -12,8 +13,22 @@ class UserError(ValueError):
     """
 
 
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """Return the message for a name that is not known, with the nearest ones that are."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
+    return f"unknown {kind} {name!r}: did you mean {', '.join(near)}?"
+
+
 # Which extra brings an optional package.
-_EXTRAS = {"onnx": "onnx", "onnxruntime": "onnx", "onnxscript": "onnx", "matplotlib": "report"}
+_EXTRAS = {
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "onnxscript": "onnx",
+    "matplotlib": "report",
+    "timm": "timm",
+    "transformers": "transformers",
+}
 
 
 @contextmanager

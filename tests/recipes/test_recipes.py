@@ -70,9 +70,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_steps_of_each_stage(name: str, data: Path, tmp_path: Path) -> None:
     config = recipe(name)
     if name != "digits":
-        data_set = name.split("-")[0]
+        data_set = "imagenet" if name == "finetune" else name.split("-")[0]
         assert config.data.name == HUB[data_set]
         config.data.name = str(data / data_set)
+    if name == "finetune":  # Weights that need no download, and classes that are not 1000.
+        config.model = replace(config.model, name="torchvision/resnet18", weights=None)
     if config.data.image_size is not None:
         config.data.image_size, config.data.resize, config.data.workers = 32, 36, 0
     for stage in config.stages:
@@ -80,7 +82,7 @@ def test_two_steps_of_each_stage(name: str, data: Path, tmp_path: Path) -> None:
         setattr(config, stage, replace(config.stage(stage), **short))
     config = replace(config, tensorboard=False, accelerator="cpu", log_every=1)
     run = skipnet.train(config, output=tmp_path / "run")
-    assert list(run.results) == ["dense", "sp", "hrl"]
+    assert list(run.results) == list(config.stages)
     lines = [line for line in metrics(run.path) if "loss" in line]
     assert [(line["stage"], line["step"]) for line in lines] == [
         (stage, step) for stage in config.stages for step in (1, 2)
@@ -134,7 +136,7 @@ def test_stages_share_nothing(name: str) -> None:
 def test_all_are_listed() -> None:
     names = skipnet.list_recipes()
     assert names[0] == "digits" and len(set(names)) == len(names)
-    assert set(names) == {"digits", *SHORT} | {name for name, *_ in PAPER}
+    assert set(names) == {"digits", "finetune", *SHORT} | {name for name, *_ in PAPER}
 
 
 def test_families_are_the_names_put_together() -> None:

@@ -1,9 +1,13 @@
 """A run that starts from another run's weights."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
+import torchvision
 from harness import STAGES, Command, Trap, flags, metrics, run_command, tiny_config, weights
 
 import skipnet
@@ -177,3 +181,54 @@ def test_configurations_hold_a_path_or_none(tmp_path: Path) -> None:
     assert config.start is None and set(config.stages) == set(STAGES)
     run = RunDirectory.create(started("sp", "a/run"), tmp_path / "run")
     assert RunDirectory.open(run.path)[1].start == Path("a/run")
+
+
+class TestFromAnotherLibrary:
+    """torchvision's ResNet-18, on digits in colour."""
+
+    @staticmethod
+    def config(stage: StageName, weights: Path | None = None) -> TrainConfig:
+        config = started(stage, "")
+        config.start = None
+        config.data.channels = 3
+        config.model = replace(
+            config.model,
+            name="torchvision/resnet18",
+            gate="rnn",
+            weights=None if weights is None else str(weights),
+        )
+        return config
+
+    @staticmethod
+    def without(tensors: dict[str, torch.Tensor], *parts: str) -> dict[str, torch.Tensor]:
+        parts = ("running", "num_batches", *parts)
+        return {k: v for k, v in sorted(tensors.items()) if not any(p in k for p in parts)}
+
+    @pytest.mark.parametrize("classes", [10, 3])
+    def test_weights_of_a_file(self, tmp_path: Path, classes: int) -> None:
+        torch.manual_seed(0)
+        theirs = torchvision.models.resnet18(num_classes=classes).state_dict()
+        safetensors.torch.save_file(theirs, tmp_path / "theirs.safetensors")
+        run = train(self.config("sp", tmp_path / "theirs.safetensors"), output=tmp_path / "run")
+        network, info = load(run.model_path("sp"))
+        assert (info.architecture.name, network.num_gates) == ("torchvision/resnet18", 7)
+        new = ("fc",) if classes == 3 else ()
+        torch.testing.assert_close(
+            self.without(network.original_state_dict(), *new), self.without(theirs, *new)
+        )
+        assert len(network.original_state_dict()["fc.bias"]) == 10
+
+    def test_sp_from_dense(self, tmp_path: Path) -> None:
+        config = self.config("dense")
+        config.stages, config.sp_from_dense = ("dense", "sp"), True
+        run = train(config, output=tmp_path / "run")
+        dense, sp = (load(run.model_path(name))[0] for name in ("dense", "sp"))
+        torch.testing.assert_close(
+            self.without(sp.original_state_dict()), self.without(dense.original_state_dict())
+        )
+
+    def test_weights_of_another_network(self, tmp_path: Path) -> None:
+        theirs = torchvision.models.resnet34(num_classes=10).state_dict()
+        safetensors.torch.save_file(theirs, tmp_path / "theirs.safetensors")
+        message = refused(self.config("sp", tmp_path / "theirs.safetensors"), tmp_path)
+        assert re.search(r"layer\d.*is left over; .* and \d+ more", message)

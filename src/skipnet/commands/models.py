@@ -9,11 +9,13 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from skipnet.analysis.evaluate import evaluate as evaluate_model
 from skipnet.data.sources import DataConfig, load_split
 from skipnet.errors import UserError
 from skipnet.models import Architecture, defaults_of, describe, list_models
+from skipnet.models.libraries import is_library_name
 from skipnet.models.weights import ModelInfo, find_weights, list_weights, load
 from skipnet.recipes import describe_recipe, list_recipes
 from skipnet.routing.decisions import Sample
@@ -194,7 +196,7 @@ def open_model(
     Raises:
         UserError: When it is neither.
     """
-    named = model in list_models()
+    named = model in list_models() or is_library_name(model)
     if not named and ("/" in model or model.endswith((".safetensors", ".onnx"))):
         _demand_exists(Path(model))
     if not named and find_weights(model).exists():
@@ -302,20 +304,29 @@ def _print_info(
     def row(part: str, macs: int, gate: str = "", rate: str = "") -> None:
         table.add_row(part, f"{macs:,}", f"{100 * macs / cost.dense:.2f} %", gate, rate)
 
+    total = len(cost.blocks) + len(network.fixed_blocks)
+    numbers = [number for number in range(total) if number not in network.fixed_blocks]
     row("stem", cost.stem)
     for index, macs in enumerate(cost.blocks):
         gated = index > 0 and cost.gates
         gate = f"{cost.gates[index - 1]:,}" if gated else "always runs"
         rate = f"{100 * keep[index - 1]:.1f} %" if gated and keep else ""
-        row(f"block {index}", macs, gate, rate)
+        row(f"block {numbers[index]}", macs, gate, rate)
         if cost.shortcuts[index]:
-            row("  its projection (always runs)", cost.shortcuts[index])
+            fixed = not isinstance(network.entries[index], nn.Identity)
+            title = "  before it (always runs)" if fixed else "  its projection (always runs)"
+            row(title, cost.shortcuts[index])
     row("head", cost.head)
     console.print(table)
     console.print(
         f"dense: {cost.dense:,} MACs an image "
         f"({cost.dense_without_projections:,} without projections and classifier, as in the paper)"
     )
+    if network.fixed_blocks:
+        console.print(
+            f"always run: blocks {', '.join(map(str, network.fixed_blocks))} (asked for, or they "
+            "change the shape of their features without a projection)"
+        )
     if cost.gates:
         console.print(
             f"gates: {sum(cost.gates):,} MACs in all, {100 * sum(cost.gates) / cost.dense:.3f} % "

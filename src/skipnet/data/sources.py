@@ -5,10 +5,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+import tyro
 
 from skipnet.data.decode import (
     Crop,
@@ -43,7 +44,7 @@ STREAMED_SAMPLE = 1024
 class DataConfig:
     """Which images to learn from, and how they are prepared."""
 
-    name: str = "digits"
+    name: Annotated[str, tyro.conf.arg(aliases=["--data"])] = "digits"
     """digits, a hub name (uoft-cs/cifar10), or a folder of parquet files, images or originals."""
     subset: str | None = None
     """Which of the configurations of a hub data set that has several (cropped_digits)."""

@@ -8,4 +8,3 @@ from skipnet.models.registry import defaults_of as defaults_of
 from skipnet.models.registry import describe as describe
 from skipnet.models.registry import list_models as list_models
 from skipnet.models.registry import register as register
-from skipnet.models.registry import unknown as unknown

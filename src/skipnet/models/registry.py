@@ -1,12 +1,12 @@
 """The registry: networks by name."""
 
-import difflib
 import fnmatch
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from skipnet.errors import UserError
+from skipnet.errors import UserError, unknown
+from skipnet.models import libraries
 from skipnet.routing.gates import GATES, GateName
 from skipnet.routing.network import SkipNet
 
@@ -27,6 +27,9 @@ class Defaults(NamedTuple):
 
 CIFAR10, IMAGENET = Defaults(32, 10), Defaults(224, 1000)
 
+# Not written where they say nothing, so that files of our own networks are as they always were.
+_OPTIONAL = ("blocks", "options")
+
 _BUILDERS: dict[str, Builder] = {}
 _DEFAULTS: dict[str, Defaults] = {}
 
@@ -36,22 +39,33 @@ class Architecture:
     """What `create` needs to build a network again: it is written into every model file.
 
     Attributes:
-        name: Name in the registry.
+        name: Name in the registry, or of another library's network: torchvision/NAME, timm/NAME,
+            transformers/ID.
         gate: Kind of gate, or None for the dense network.
         num_classes: Number of classes.
         in_channels: Channels of the images.
+        blocks: Of another library's network, the numbers of the blocks that may be skipped, see
+            `skippable`; all that can be if None.
+        options: Of another library's network, what else its constructor needs.
     """
 
     name: str
     gate: GateName | None = None
     num_classes: int = 10
     in_channels: int = 3
+    blocks: tuple[int, ...] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.blocks is not None:  # A list, from a file.
+            object.__setattr__(self, "blocks", tuple(self.blocks))
 
     def build(self) -> SkipNet:
         """Build the network with fresh weights.
 
         Raises:
-            UserError: On an unknown name or gate, with the nearest known ones.
+            UserError: On an unknown name or gate, with the nearest known ones, or a network of
+                another library that cannot be had or taken apart.
         """
         self.demand_known()
         if self.num_classes < 1 or self.in_channels < 1:
@@ -59,22 +73,36 @@ class Architecture:
                 f"num_classes and in_channels must be positive, not {self.num_classes} and "
                 f"{self.in_channels}"
             )
+        if libraries.is_library_name(self.name):
+            return libraries.build(
+                self.name,
+                self.gate,
+                self.num_classes,
+                self.in_channels,
+                self.blocks,
+                self.options,
+            )
+        if self.blocks is not None or self.options:
+            raise UserError(
+                f"blocks and options are for other libraries' networks, not {self.name}"
+            )
         return _BUILDERS[self.name](self.gate, self.num_classes, self.in_channels)
 
     def demand_known(self) -> None:
-        """Check name and gate.
+        """Check name and gate; of another library's network, the gate and the library's name.
 
         Raises:
             UserError: When one is unknown, with the nearest known ones.
         """
-        if self.name not in _BUILDERS:
+        if self.name not in _BUILDERS and not libraries.is_library_name(self.name):
             raise UserError(unknown("model", self.name, _BUILDERS))
         if self.gate is not None and self.gate not in GATES:
             raise UserError(unknown("gate", self.gate, GATES))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values."""
-        return asdict(self)
+        """Return the fields as plain values, without those that say nothing."""
+        values = asdict(self)
+        return {name: value for name, value in values.items() if name not in _OPTIONAL or value}
 
 
 def register(builder: Builder, defaults: Defaults = CIFAR10) -> Builder:
@@ -125,21 +153,20 @@ def defaults_of(name: str) -> Defaults:
         UserError: On an unknown name, with the nearest known ones.
     """
     Architecture(name=name).demand_known()
-    return _DEFAULTS[name]
+    return _DEFAULTS.get(name, IMAGENET)
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Return the registered names that match a shell pattern, in order of registration."""
-    return [name for name in _BUILDERS if fnmatch.fnmatchcase(name, pattern)]
+    """Return the names that match a shell pattern, in order of registration.
+
+    Other libraries' networks are listed for a pattern with a slash, "torchvision/*" for instance.
+    """
+    known = libraries.names(pattern) if "/" in pattern else _BUILDERS
+    return [name for name in known if fnmatch.fnmatchcase(name, pattern)]
 
 
 def describe(name: str) -> str:
     """Return the first line of a registered model's documentation."""
+    if libraries.is_library_name(name):
+        return ""
     return (_BUILDERS[name].__doc__ or "").split("\n")[0]
-
-
-def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """Return the message for a name that is not known, with the nearest ones that are."""
-    names = list(known)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
-    return f"unknown {kind} {name!r}: did you mean {', '.join(near)}?"

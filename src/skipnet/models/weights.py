@@ -13,7 +13,7 @@ from torch import Tensor
 from skipnet.errors import UserError
 from skipnet.files import write_atomically
 from skipnet.models.registry import Architecture
-from skipnet.routing.network import SkipNet
+from skipnet.routing.network import SkipNet, demand_fitting
 
 FORMAT_VERSION = 1
 _KEY = "skipnet"
@@ -121,17 +121,7 @@ def load_weights(model: SkipNet, tensors: dict[str, Tensor], path: Path) -> None
     Raises:
         UserError: When names or shapes differ, with the first of them.
     """
-    own = model.state_dict()
-    wrong = [f"{name} is missing" for name in own if name not in tensors]
-    wrong += [f"{name} is left over" for name in tensors if name not in own]
-    wrong += [
-        f"{name} is {list(tensors[name].shape)} instead of {list(tensor.shape)}"
-        for name, tensor in own.items()
-        if name in tensors and tensors[name].shape != tensor.shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{path} is of another architecture: {'; '.join(wrong[:3])}{more}")
+    demand_fitting(model.state_dict(), tensors, str(path))
     model.load_state_dict(tensors)
 
 

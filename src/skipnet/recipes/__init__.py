@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-from skipnet.errors import UserError
-from skipnet.models.registry import unknown
+from skipnet.errors import UserError, unknown
 from skipnet.recipes.cifar import cifar10_resnet20_rnn_short, cifar10_resnet38_rnn_short
 from skipnet.recipes.digits import digits
+from skipnet.recipes.finetune import finetune
 from skipnet.recipes.paper import PAPER_FAMILIES, PAPER_RECIPES
 from skipnet.training.config import TrainConfig
 
@@ -13,6 +13,7 @@ _OWN: dict[str, Callable[[], TrainConfig]] = {
     "digits": digits,
     "cifar10-resnet20-rnn-short": cifar10_resnet20_rnn_short,
     "cifar10-resnet38-rnn-short": cifar10_resnet38_rnn_short,
+    "finetune": finetune,
 }
 RECIPES: dict[str, Callable[[], TrainConfig]] = _OWN | {
     name: build for name, (build, _) in PAPER_RECIPES.items()

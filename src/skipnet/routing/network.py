@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -45,6 +45,8 @@ class SkipNet(nn.Module):
     Attributes:
         sources: The names in another model's state dict of what this network shares with it, by its
             own names; see `models.adapters`.
+        fixed_blocks: Numbers of that model's blocks, from 0, which are entries here or in the head:
+            they always run, as does its first.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class SkipNet(nn.Module):
         self.shortcuts = nn.ModuleList(shortcuts)
         self.entries = nn.ModuleList(entries)
         self.sources: dict[str, str] = {}
+        self.fixed_blocks: tuple[int, ...] = ()
         self.head = head
         self.gate = gate
         self._costs: dict[tuple[int, ...], Cost] = {}
@@ -163,6 +166,35 @@ class SkipNet(nn.Module):
         own = self.state_dict()
         return {name: own[key] for key, name in self.sources.items()}
 
+    def load_original_state_dict(
+        self, tensors: Mapping[str, Tensor], *, new_classes: bool = False
+    ) -> list[str]:
+        """Copy weights in from a state dict of the model this network was made of.
+
+        Args:
+            tensors: By that model's names.
+            new_classes: Leave a classifier as it is whose number of classes is another.
+
+        Returns:
+            Names, of `tensors`, of what was left as it is.
+
+        Raises:
+            UserError: When names are missing or left over, or shapes differ; nothing is copied.
+        """
+        own = self.original_state_dict()
+        fitting = dict(tensors)
+        if new_classes:
+            fitting |= {
+                name: value
+                for name, value in own.items()
+                if name in tensors and _of_other_classes(value, tensors[name])
+            }
+        demand_fitting(own, fitting, "what is to be loaded")
+        with torch.no_grad():
+            for name, value in own.items():
+                value.copy_(fitting[name])
+        return [name for name in own if fitting[name] is own[name]]
+
     def fuse(self) -> "SkipNet":
         """Return a copy for inference, batch norms folded into the convolutions before them.
 
@@ -216,3 +248,32 @@ class SkipNet(nn.Module):
             blocks.append(macs)
         head, _ = count_macs(self.head, features)
         return Cost(stem, tuple(blocks), tuple(shortcuts), tuple(gates), head)
+
+
+def demand_fitting(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str) -> None:
+    """Check that tensors have the names and the shapes of a network's own.
+
+    Args:
+        own: By name.
+        tensors: By name.
+        what: What they are, for the message.
+
+    Raises:
+        UserError: When names or shapes differ, with the first of them.
+    """
+    wrong = [f"{name} is missing" for name in own if name not in tensors]
+    wrong += [f"{name} is left over" for name in tensors if name not in own]
+    wrong += [
+        f"{name} is {list(tensors[name].shape)} instead of {list(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{what} is of another architecture: {'; '.join(wrong[:3])}{more}")
+
+
+def _of_other_classes(own: Tensor, theirs: Tensor) -> bool:
+    """Whether two tensors differ as a linear classifier's do whose number of classes differs."""
+    differ = 0 < own.ndim == theirs.ndim <= 2 and len(own) != len(theirs)
+    return differ and own.shape[1:] == theirs.shape[1:]

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from skipnet.errors import UserError
-from skipnet.models.registry import Architecture, defaults_of, unknown
+from skipnet.errors import UserError, unknown
+from skipnet.models.registry import Architecture, defaults_of
 from skipnet.routing.gates import GateName
 from skipnet.routing.network import SkipNet
 from skipnet.studies.study import Child, Settings, distinct, plan

@@ -4,7 +4,9 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import tyro
 
 from skipnet.data.sources import DataConfig
 from skipnet.errors import UserError
@@ -199,6 +201,8 @@ class SupervisedConfig(RoutedConfig):
 class HybridConfig(RoutedConfig):
     """The HRL stage: the paper's equations, with a baseline. See `tasks.hybrid.Hybrid`."""
 
+    target_compute: Annotated[float | None, tyro.conf.arg(aliases=["--target-compute"])] = None
+    """Share of dense multiply-adds to aim at: alpha is then driven to meet it."""
     alpha: float = 0.1
     """Weight of skipping (the paper's alpha); its starting value if target_compute is given."""
     beta: float | None = 1.0
@@ -247,8 +251,15 @@ class HybridConfig(RoutedConfig):
 class ModelConfig:
     """Which network; the classes and the channels come from the data."""
 
-    name: str = "cifar_resnet38"
-    """Name in the registry; see skipnet list models."""
+    name: Annotated[str, tyro.conf.arg(aliases=["--model"])] = "cifar_resnet38"
+    """Name in the registry (skipnet list models), or another library's network:
+    torchvision/NAME, timm/NAME, transformers/ID."""
+    weights: Annotated[str | None, tyro.conf.arg(aliases=["--weights"])] = None
+    """What another library's network starts from: DEFAULT, the library's name of trained weights,
+    or a safetensors file. A classifier of other classes starts anew."""
+    blocks: tuple[int, ...] | None = None
+    """Blocks of another library's network that may be skipped, from 1; all that can be if not
+    given."""
     gate: GateName = "rnn"
     """Kind of gate of the sp and hrl stages."""
     initial_keep: float = INITIAL_KEEP
@@ -261,6 +272,11 @@ class ModelConfig:
         _choices(self)
         if not 0 < self.initial_keep < 1:
             raise UserError(f"initial_keep must lie between 0 and 1, not {self.initial_keep}")
+        if "/" not in self.name and (self.weights is not None or self.blocks is not None):
+            raise UserError(
+                f"model.weights and model.blocks are for other libraries' networks, "
+                f"torchvision/resnet50 for instance, not {self.name}"
+            )
         if self.open_blocks is not None and self.gate != "static":
             raise UserError(f"open_blocks is for static gates, not {self.gate}: set gate to static")
 
@@ -278,6 +294,8 @@ class TrainConfig:
     dense: StageConfig
     sp: SupervisedConfig
     hrl: HybridConfig
+    sp_from_dense: bool = False
+    """Whether sp starts from this run's dense network, where it has that stage, not anew."""
     start: Path | None = None
     """A run directory, a model file or a name (skipnet list weights) whose weights the first stage
     starts from."""
@@ -319,6 +337,10 @@ class TrainConfig:
         if list(self.stages) != [name for name in ("dense", "sp", "hrl") if name in self.stages]:
             raise UserError(
                 f"stages run in the order dense, sp, hrl, each once, not {' '.join(self.stages)}"
+            )
+        if self.start is not None and self.model.weights is not None:
+            raise UserError(
+                "start and model.weights both say what the first stage starts from: give one"
             )
         _positive(self, "log_every")
         if self.evaluate_every is not None:

@@ -20,6 +20,7 @@ from skipnet.data.images import Images
 from skipnet.data.loaders import TrainLoader
 from skipnet.data.sources import load, normalization
 from skipnet.errors import Interrupted, UserError
+from skipnet.models import libraries
 from skipnet.models.registry import Architecture
 from skipnet.models.weights import ModelInfo, load_weights, read_tensors, save
 from skipnet.models.weights import load as load_model
@@ -145,18 +146,25 @@ def train(
 
 def network_info(config: TrainConfig, training_set: Images) -> ModelInfo:
     """Return what the model files of a run say, but for results: the network and its images."""
-    mean, std = normalization(config.data, training_set)
+    model, image_size = config.model, training_set.shape[1:]
+    known = None
+    if model.weights is not None and config.data.mean is None:
+        known = libraries.statistics(model.name, model.weights)
+    mean, std = known or normalization(config.data, training_set)
+    foreign = libraries.is_library_name(model.name)
     return ModelInfo(
         architecture=Architecture(
-            name=config.model.name,
-            gate=config.model.gate,
+            name=model.name,
+            gate=model.gate,
             num_classes=len(training_set.classes),
             in_channels=training_set.shape[0],
+            blocks=model.blocks,
+            options=libraries.options(model.name, image_size) if foreign else {},
         ),
         classes=training_set.classes,
         mean=mean,
         std=std,
-        image_size=training_set.shape[1:],
+        image_size=image_size,
     )
 
 
@@ -171,13 +179,16 @@ def demand_possible(config: TrainConfig, info: ModelInfo, *, start: bool) -> Non
     Raises:
         UserError: When a target is out of reach, or the weights to start from do not fit.
     """
+    network = info.architecture.build()
     if set(config.stages) & {"sp", "hrl"}:
-        channels, network = info.architecture.in_channels, info.architecture.build()
+        channels = info.architecture.in_channels
         open_gates(network, config.model)
         for name in config.stages:
             _demand_reachable(config.stage(name), network.cost(channels, *info.image_size))
     if start and config.start is not None:
         _start_weights(config.start, config.stages[0], info)
+    if start and config.model.weights is not None:
+        libraries.load_trained(network, config.model.name, config.model.weights)
     load_teacher(config, info)
 
 
@@ -229,7 +240,17 @@ def _run_stage(
     if name == "hrl" and run.finished("sp"):
         path = run.model_path("sp")
         load_weights(network, read_tensors(path)[0], path)
-    if config.start is not None and name == config.stages[0] and run.checkpoint_step(name) is None:
+    if name == "sp" and config.sp_from_dense and run.finished("dense"):
+        load_start(network, read_tensors(run.model_path("dense"))[0])
+    begins = name == config.stages[0] and run.checkpoint_step(name) is None
+    if begins and config.model.weights is not None:
+        left = libraries.load_trained(network, config.model.name, config.model.weights)
+        if left:
+            progress.note(
+                f"{name:5s} starts with a new classifier ({', '.join(left)}): that of "
+                f"{config.model.weights} is of other classes"
+            )
+    if begins and config.start is not None:
         load_start(network, _start_weights(config.start, name, info))
         if config.model.open_blocks is not None:  # Which ask for another subset than the start's.
             open_gates(network, config.model)

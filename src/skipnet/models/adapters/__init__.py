@@ -34,6 +34,7 @@ def skippable(
     head: nn.Module | None = None,
     layout: Layout = "maps",
     input_size: tuple[int, int, int] | None = None,
+    verify: bool = True,
 ) -> SkipNet:
     """Return a trained residual network as one whose blocks can be skipped, on the same weights.
 
@@ -55,10 +56,11 @@ def skippable(
         layout: Of another model's features: "maps", or "tokens", channels last.
         input_size: (channels, height, width) of an image that the model takes; that of its family
             if not given.
+        verify: Hold the result against the model, on an image of noise.
 
     Raises:
         UserError: When nothing can be skipped, the parts are not the model's or do not fit, or they
-            compute something else than the model does: logits of one image are compared.
+            compute something else than the model does.
     """
     if stem is None and head is None:
         find = adapter_of(model)
@@ -77,7 +79,10 @@ def skippable(
         wanted = set(range(len(parts.blocks)))
     if input_size is not None:
         parts.input_size = input_size
-    return _assemble(model, parts, gate, wanted)
+    network = _assemble(model, parts, gate, wanted)
+    if verify:
+        _demand_same(model, network, parts.input_size)
+    return network
 
 
 def _assemble(
@@ -89,11 +94,13 @@ def _assemble(
     blocks: list[Block] = []
     entries: list[nn.Module] = []
     channels: list[int] = []
+    fixed: list[int] = []
     before: list[nn.Module] = []  # What always runs since the last block that may be skipped.
     for index, block in enumerate(parts.blocks):
         shortcut, output = found[index]
         if index > 0 and (index not in wanted or shortcut != output):
             before.append(_AlwaysRuns(block))
+            fixed.append(index)
             continue
         blocks.append(block)
         entries.append(in_sequence(before))
@@ -117,8 +124,7 @@ def _assemble(
     if network.gate is not None:
         network.gate.open_()
         network.gate.to(next(model.parameters()))
-    network.sources = _sources(network, model)
-    _demand_same(model, network, parts.input_size)
+    network.sources, network.fixed_blocks = _sources(network, model), tuple(fixed)
     return network.train(model.training)
 
 
