@@ -33,6 +33,10 @@ COMMANDS = {
         "ablations:main",
         "Train a recipe with one thing left out or swapped at a time, and leave one table.",
     ),
+    "import": (
+        "models:import_",
+        "Read a checkpoint of the original SkipNet code, and write a model file.",
+    ),
     "evaluate": ("models:evaluate", "Measure accuracy and computation on a test set."),
     "info": (
         "models:info",

@@ -1,6 +1,7 @@
 """`skipnet evaluate`: what it prints is true, however the images are dealt out."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import skipnet
 from skipnet import cli
 from skipnet.commands import models
 from skipnet.data.sources import load_split
+from skipnet.models.weights import unnamed
 from skipnet.training.run import RunDirectory
 
 
@@ -138,3 +140,17 @@ def test_last_line_is_all_of_stdout_for_a_script(digits_run: Path, tmp_path: Pat
 def test_the_function_is_the_command(digits_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = models.evaluate(digits_run, stage="sp")
     assert json.loads(capsys.readouterr().out) == result
+
+
+def test_classes_without_names(
+    digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a checkpoint of the original code leaves them: the test set says what they are called."""
+    network, info = skipnet.load(digits_run / "hrl.safetensors")
+    file = tmp_path / "unnamed.safetensors"
+    skipnet.save(network, file, replace(info, classes=unnamed(10)))
+    known = evaluate(capsys, digits_run / "hrl.safetensors", "--data", "digits")
+    assert evaluate(capsys, file, "--data", "digits") == known
+    write_parquet(tmp_path / "seven" / "test.parquet", [i % 7 for i in range(14)], names="abcdefg")
+    assert cli.main(["evaluate", str(file), "--data", str(tmp_path / "seven")]) == 2
+    assert "tells 10 apart" in capsys.readouterr().err

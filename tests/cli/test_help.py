@@ -18,6 +18,7 @@ COMMANDS = {
     "sweep-digits": ["sweep", "digits", "--help"],
     "ablations": ["ablations", "--help"],
     "ablations-digits": ["ablations", "digits", "--help"],
+    "import": ["import", "--help"],
     "evaluate": ["evaluate", "--help"],
     "info": ["info", "--help"],
     "list": ["list", "--help"],

@@ -16,7 +16,8 @@ from skipnet.data.sources import DataConfig, load_split
 from skipnet.errors import UserError
 from skipnet.models import Architecture, defaults_of, describe, list_models
 from skipnet.models.libraries import is_library_name
-from skipnet.models.weights import ModelInfo, find_weights, list_weights, load
+from skipnet.models.original import DataName, read_checkpoint
+from skipnet.models.weights import ModelInfo, find_weights, list_weights, load, save
 from skipnet.recipes import describe_recipe, list_recipes
 from skipnet.routing.decisions import Sample
 from skipnet.routing.gates import GateName
@@ -75,7 +76,12 @@ def evaluate(
         on_bad_image=on_bad_image,
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images = load_split(source, "test", about.classes).to(device)
+    images = load_split(source, "test", about.classes if about.named else None).to(device)
+    if len(images.classes) != len(about.classes):
+        raise UserError(
+            f"{source.name} has {len(images.classes)} classes, and {model} tells "
+            f"{len(about.classes)} apart"
+        )
     network.to(device)
 
     def measure(**decide: Any) -> dict[str, Any]:
@@ -147,6 +153,38 @@ def list_(
         _print_list("recipes", {name: describe_recipe(name) for name in list_recipes()})
     if what in ("runs", "all"):
         _print_list(f"runs in {runs}", {str(path): _describe_run(path) for path in _runs(runs)})
+
+
+def import_(
+    checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT.pth.tar")],
+    output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE.safetensors")],
+    *,
+    data: DataName | None = None,
+) -> None:
+    """Read a checkpoint of the original SkipNet code, and write a model file.
+
+    CIFAR networks with feed-forward gates I and II or recurrent ones, and ImageNet's with recurrent
+    ones, of SP or HRL: which it is, is told from the names and shapes in it. Nothing that the
+    pickle names is run.
+
+    Args:
+        checkpoint: The file.
+        output: The model file to write; an earlier one is replaced.
+        data: What it was trained on, for the normalisation of images and the names of classes; told
+            from arch and number of classes if not given.
+    """
+    if output.suffix != ".safetensors":
+        raise UserError(f"the file to write must end in .safetensors, and {output} does not")
+    network, about, said = read_checkpoint(checkpoint, data)
+    save(network, output, about)
+    architecture = about.architecture
+    print(
+        f"{output}: {architecture.name}, gate {architecture.gate or 'none (dense)'}, "
+        f"{architecture.num_classes} classes"
+    )
+    if said:
+        print("of itself it says: " + ", ".join(f"{key} {value}" for key, value in said.items()))
+    print(f"Next: skipnet evaluate {output} --data DIR   or   skipnet info {output}")
 
 
 def export(

@@ -41,6 +41,11 @@ class ModelInfo:
     image_size: tuple[int, int]
     results: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def named(self) -> bool:
+        """Whether the classes' names are known; those of `unnamed` stand in for them if not."""
+        return self.classes != unnamed(len(self.classes))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values."""
         return {
@@ -65,6 +70,11 @@ class ModelInfo:
             image_size=(height, width),
             results=values["results"],
         )
+
+
+def unnamed(count: int) -> tuple[str, ...]:
+    """Return what classes are called whose names are not known."""
+    return tuple(f"class {number}" for number in range(count))
 
 
 def save(model: SkipNet, path: str | os.PathLike[str], info: ModelInfo) -> None:
