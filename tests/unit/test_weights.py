@@ -306,3 +306,19 @@ def test_the_file_is_on_the_disk_before_it_takes_its_place(
     skipnet.save(network, path, INFO)
     size = path.stat().st_size
     assert calls[:2] == [("fsync", size), ("replace", size)]
+
+
+def test_a_file_of_the_first_version() -> None:
+    """Written on 2026-11-23 and kept: whatever the format becomes, such files stay loadable."""
+    network, info = skipnet.load(Path(__file__).parent / "files" / "first_version.safetensors")
+    assert info == ModelInfo(
+        architecture=Architecture(name="cifar_resnet20", gate="rnn", num_classes=10),
+        classes=tuple("abcdefghij"),
+        mean=(0.5, 0.4, 0.3),
+        std=(0.2, 0.25, 0.3),
+        image_size=(32, 32),
+        results={"accuracy": 91.0, "macs_fraction": 0.5},
+    )
+    for index, (_, value) in enumerate(sorted(network.state_dict().items())):
+        wanted = (index + 1) / 1000 if value.is_floating_point() else index
+        assert torch.equal(value, torch.full_like(value, wanted))

@@ -23,6 +23,7 @@ from skipnet.routing.decisions import Sample
 from skipnet.routing.gates import GateName
 from skipnet.routing.network import ExecutorName, SkipNet
 from skipnet.seeding import EVALUATION, sub_seed
+from skipnet.sharing import is_hub_id
 from skipnet.training.config import StageName
 from skipnet.training.run import RunDirectory
 
@@ -235,7 +236,9 @@ def open_model(
         UserError: When it is neither.
     """
     named = model in list_models() or is_library_name(model)
-    if not named and ("/" in model or model.endswith((".safetensors", ".onnx"))):
+    if not (named or is_hub_id(model)) and (
+        "/" in model or model.endswith((".safetensors", ".onnx"))
+    ):
         _demand_exists(Path(model))
     if not named and find_weights(model).exists():
         if gate is not None or num_classes is not None or in_channels is not None:

@@ -14,6 +14,7 @@ from skipnet.errors import UserError
 from skipnet.files import write_atomically
 from skipnet.models.registry import Architecture
 from skipnet.routing.network import SkipNet, demand_fitting
+from skipnet.sharing import download, is_hub_id
 
 FORMAT_VERSION = 1
 _KEY = "skipnet"
@@ -90,7 +91,8 @@ def load(path: str | os.PathLike[str]) -> tuple[SkipNet, ModelInfo]:
     """Read a model file: the network in evaluation mode, and what the file says about it.
 
     Args:
-        path: Of the file, or a name of `list_weights`, unless a file is called so.
+        path: Of the file, or a name of `list_weights`, or of a model on the Hugging Face hub
+            ("owner/name"), unless a file is called so.
 
     Raises:
         UserError: When there is no such file, it is truncated or not a safetensors file, was not
@@ -109,6 +111,7 @@ def load(path: str | os.PathLike[str]) -> tuple[SkipNet, ModelInfo]:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: its metadata is not a model's ({error!r})") from None
     load_weights(model, tensors, path)
+    model.info = info
     return model.eval(), info
 
 
@@ -118,11 +121,17 @@ def list_weights() -> list[str]:
 
 
 def find_weights(name: str | os.PathLike[str]) -> Path:
-    """Return the file that a name of `list_weights` stands for; any other path as it is."""
+    """Return the file that a name of `list_weights`, or of the hub, stands for; a path as it is.
+
+    Raises:
+        UserError: When it is a name of the hub's, and cannot be had.
+    """
     path = Path(name)
-    if not path.exists() and str(path) in list_weights():
+    if path.exists():
+        return path
+    if str(path) in list_weights():
         return _PUBLISHED / f"{path}{_SUFFIX}"
-    return path
+    return download(str(path)) if is_hub_id(str(path)) else path
 
 
 def load_weights(model: SkipNet, tensors: dict[str, Tensor], path: Path) -> None:

@@ -19,6 +19,7 @@ from skipnet.routing.counting import count_macs, skeleton
 from skipnet.routing.decisions import Decision, Fixed, Random, named_decision
 from skipnet.routing.gates import Gate, State
 from skipnet.routing.trace import Routing
+from skipnet.sharing import Shareable
 
 Executor = Callable[..., Tensor]
 ExecutorName = Literal["masked", "compacted", "auto"]
@@ -26,7 +27,7 @@ ExecutorName = Literal["masked", "compacted", "auto"]
 EXECUTORS: dict[str, Executor] = {"masked": masked, "compacted": compacted, "auto": auto}
 
 
-class SkipNet(nn.Module):
+class SkipNet(Shareable, nn.Module):
     """A residual network taken apart, with a gate that decides about every block but the first.
 
     `x[i+1] = g_i * Block_i(x[i]) + (1 - g_i) * Shortcut_i(x[i])` (SkipNet, equation 1). The gate
@@ -77,6 +78,7 @@ class SkipNet(nn.Module):
         self.entries = nn.ModuleList(entries)
         self.sources: dict[str, str] = {}
         self.fixed_blocks: tuple[int, ...] = ()
+        self._hub_mixin_config = None  # Made when it is saved; these arguments are no settings.
         self.head = head
         self.gate = gate
         self._costs: dict[tuple[int, ...], Cost] = {}

@@ -1,0 +1,187 @@
+"""Networks kept in files and shared on the Hugging Face hub."""
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
+
+from skipnet.errors import UserError
+
+if TYPE_CHECKING:
+    from skipnet.models.weights import ModelInfo
+
+FILE = "model.safetensors"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+_CARD = """\
+---
+{data}
+---
+
+# {title}
+
+A [SkipNet](https://arxiv.org/abs/1711.09485): a residual network with gates that decide, image by
+image, which of its blocks run.
+
+- Network: `{name}`, gate `{gate}`, {num_classes} classes ({classes})
+- Images: {channels}×{height}×{width}, normalised by mean {mean} and standard deviation {std}
+- {measured}
+
+```python
+import skipnet
+
+network, info = skipnet.load("{repo}")  # or the file's path
+logits, routing = network(images, execute="compacted")
+```
+"""
+
+
+class Shareable(
+    ModelHubMixin,
+    library_name="skipnet",
+    tags=["skipnet", "dynamic-routing"],
+    pipeline_tag="image-classification",
+    paper_url="https://arxiv.org/abs/1711.09485",
+):
+    """What a network can do to be kept and shared; a mixin of `huggingface_hub`.
+
+    `push_to_hub("owner/name")` uploads the model file and a card, `from_pretrained("owner/name")`
+    reads them, as does `skipnet.load`. Nothing is pickled.
+
+    Attributes:
+        info: What a model file says beside the weights; set by `skipnet.load`, None for a network
+            that was built.
+    """
+
+    info: "ModelInfo | None" = None
+
+    def save(self, path: str | os.PathLike[str], info: "ModelInfo | None" = None) -> None:
+        """Write a model file, see `skipnet.save`.
+
+        Args:
+            path: Where to; an earlier file survives any failure.
+            info: What the file is to say; that of the file the network was loaded from, if not
+                given.
+
+        Raises:
+            UserError: When there is nothing to say, or the file cannot be written.
+        """
+        from skipnet.models import weights
+
+        weights.save(self, path, info or self._said())  # type: ignore[arg-type]
+
+    def _said(self) -> "ModelInfo":
+        if self.info is None:
+            raise UserError(
+                "a file has to say how to build this network, its classes and how its images are "
+                "normalised: set network.info to a skipnet.ModelInfo, or give one to save"
+            )
+        return self.info
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self.save(save_directory / FILE)
+        self._hub_mixin_config = self._said().to_dict()
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        **model_kwargs: Any,
+    ) -> Any:
+        from skipnet.models import weights
+
+        path = Path(model_id) / FILE
+        if not path.exists():
+            path = download(
+                model_id,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+            )
+        return weights.load(path)[0]
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        info = self._said()
+        results, architecture = info.results, info.architecture
+        measured = "Not measured"
+        if results:
+            measured = (
+                f"As measured: {results['accuracy']:.2f} % on {results['num_images']:,} test "
+                f"images at {100 * results['macs_fraction']:.1f} % of the dense multiply-adds"
+            )
+        height, width = info.image_size
+        return ModelCard(
+            _CARD.format(
+                data=self._hub_mixin_info.model_card_data.to_yaml(),
+                title=f"{architecture.name}, {architecture.gate or 'no'} gates",
+                name=architecture.name,
+                gate=architecture.gate,
+                num_classes=architecture.num_classes,
+                classes=", ".join(info.classes[:10]) + (" …" if len(info.classes) > 10 else ""),
+                channels=architecture.in_channels,
+                height=height,
+                width=width,
+                mean=_rounded(info.mean),
+                std=_rounded(info.std),
+                measured=measured,
+                repo=kwargs.get("repo_id", "owner/name"),
+            )
+        )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name may be `owner/name` on the hub, and nothing in `runs` or a folder here."""
+    owner = name.split("/")[0]
+    return bool(_HUB_ID.fullmatch(name)) and owner != "runs" and not Path(owner).exists()
+
+
+def download(name: str, **options: Any) -> Path:
+    """Fetch a model file from the hub, or from the local cache if it is there.
+
+    Raises:
+        UserError: When there is no such repository or file, it needs a login, or the hub cannot be
+            reached.
+    """
+    try:
+        return Path(hf_hub_download(name, FILE, **options))
+    except Exception as error:  # The hub's client has dozens of unrelated types for its failures.
+        raise UserError(_explain(error, name)) from error
+
+
+def _explain(error: Exception, name: str) -> str:
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    detail = " ".join(str(error).split())[:200]
+    if "GatedRepoError" in kinds:
+        return (
+            f"{name} needs a login: accept its terms on its page, and log in with `hf auth login`"
+        )
+    if kinds & {"RepositoryNotFoundError", "HFValidationError"}:
+        return (
+            f"there is no run or model file {name} here, and no model on the Hugging Face hub that "
+            "you may read (skipnet list runs and skipnet list weights show what is here; log in "
+            "with `hf auth login` if it is private)"
+        )
+    if "LocalEntryNotFoundError" in kinds or "OfflineModeIsEnabled" in kinds:
+        return (
+            f"there is no run or model file {name} here, and the Hugging Face hub cannot be "
+            "reached (skipnet list runs and skipnet list weights show what there is)"
+        )
+    if "EntryNotFoundError" in kinds:
+        return f"{name} on the Hugging Face hub has no {FILE}: it is no network of skipnet's"
+    if "RevisionNotFoundError" in kinds:
+        return f"{name} on the Hugging Face hub has no such revision ({detail})"
+    return f"{name} could not be downloaded from the Hugging Face hub: {detail}"
+
+
+def _rounded(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:.4f}" for value in values)
