@@ -1,13 +1,14 @@
 """What can be said of a model that is taken apart, and what is refused."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
 
 import skipnet
-from skipnet import UserError
-from skipnet.execution.export import to_onnx
+from skipnet import Architecture, UserError
 from skipnet.models.adapters import list_adapters, skippable
 from skipnet.models.adapters.parts import Block, Parts, Whole, adapter
 from skipnet.routing.gates import GateName
@@ -195,10 +196,42 @@ class TestRefused:
         with pytest.raises(UserError, match="gate ff1 convolves maps, and this network has tokens"):
             skippable(torchvision.models.VisionTransformer(32, 8, 2, 2, 8, 8), "ff1")
 
-    def test_an_export_of_blocks_that_always_run_between_others(self) -> None:
-        network = skippable(torchvision.models.resnet18(num_classes=5), blocks=[2, 5])
-        with pytest.raises(UserError, match="cannot be exported yet"):
-            to_onnx(network, None)  # type: ignore[arg-type]
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", ["rnn", "ff1"])
+@pytest.mark.parametrize("blocks", [(2, 5), (4, 7), (1, 2, 3)])
+def test_exported_where_blocks_between_others_always_run(
+    gate: GateName, blocks: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Before the first gate, between gates of different widths, and before the head."""
+    pytest.importorskip("onnxruntime")
+    architecture = Architecture(
+        name="torchvision/resnet18", gate=gate, num_classes=5, blocks=blocks
+    )
+    torch.manual_seed(1)
+    network = architecture.build().eval()
+    images = torch.randn(8, 3, 64, 64)
+    assert network.gate is not None
+    with torch.no_grad():
+        for name, weight in network.gate.named_parameters():
+            if name.endswith(("project.weight", "linear.weight")):
+                nn.init.normal_(weight, std=2)
+        network.gate.shift_logits_(-network(images)[1].logits.median().item())
+        expected, decided = network(images)
+    info = skipnet.ModelInfo(
+        architecture=architecture,
+        classes=tuple("abcde"),
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+        image_size=(64, 64),
+    )
+    assert skipnet.export(network, tmp_path / "x.onnx", info) < 1e-4
+    session = skipnet.InferenceSession(tmp_path / "x.onnx", optimize=False)
+    logits, routing = session.run(images.numpy())
+    sure = (decided.logits.abs() > 1e-4).all(dim=1).numpy()
+    assert sure.any() and not decided.executed.all() and decided.executed.any()
+    assert (routing.executed == decided.executed.numpy())[sure].all()
+    assert abs(logits - expected.numpy())[sure].max() < 1e-4
 
 
 def test_a_fused_copy_shares_nothing_with_the_model() -> None:

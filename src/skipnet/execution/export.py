@@ -109,11 +109,6 @@ def to_onnx(
         forced: Decisions to take whatever the gates say, bool [batch, gates], for measurements: the
             gates are computed all the same. The file then takes batches of this size only.
     """
-    if any(not isinstance(entry, nn.Identity) for entry in model.entries):
-        raise UserError(
-            "a network in which blocks that always run lie between others cannot be exported yet: "
-            "make all of them skippable (leave out blocks=…)"
-        )
     # In channels_last the exporter sees strided views, which take more nodes.
     network = model.fuse().cpu().float().to(memory_format=torch.contiguous_format)
     channels, (height, width) = info.architecture.in_channels, info.image_size
@@ -170,6 +165,7 @@ class _Examples:
     """Inputs of every part for a batch of two, to export it with."""
 
     images: Tensor
+    entered: list[Tensor]
     features: list[Tensor]
     bypasses: list[Tensor]
     last: Tensor
@@ -178,9 +174,10 @@ class _Examples:
     def of(self, network: SkipNet) -> Iterator[tuple[nn.Module, list[Tensor]]]:
         """Every part of the network but the gate, with its inputs."""
         yield network.stem, [self.images]
-        for index, (block, shortcut) in enumerate(
-            zip(network.blocks, network.shortcuts, strict=True)
-        ):
+        parts = zip(network.entries, network.blocks, network.shortcuts, strict=True)
+        for index, (entry, block, shortcut) in enumerate(parts):
+            if not isinstance(entry, nn.Identity):
+                yield entry, [self.entered[index]]
             yield block, [self.features[index], self.bypasses[index]]
             if not isinstance(shortcut, nn.Identity):
                 yield shortcut, [self.features[index]]
@@ -188,14 +185,17 @@ class _Examples:
 
 
 def _examples(network: SkipNet, images: Tensor) -> _Examples:
-    features, bypasses = [], []
+    entered, features, bypasses = [], [], []
     x = network.stem(images)
-    for block, shortcut in zip(network.blocks, network.shortcuts, strict=True):
-        features.append(x)
-        bypasses.append(shortcut(x))
-        # Not in place: what is recorded must stay as it was, in shape and in kind.
-        x = block(x.clone(), bypasses[-1].clone())
-    return _Examples(images, features, bypasses, x, network.head(x.clone()))
+    # Not in place: what is recorded must stay as it was, in shape and in kind.
+    for entry, block, shortcut in zip(
+        network.entries, network.blocks, network.shortcuts, strict=True
+    ):
+        entered.append(x)
+        features.append(entry(x.clone()))
+        bypasses.append(shortcut(features[-1].clone()))
+        x = block(features[-1].clone(), bypasses[-1].clone())
+    return _Examples(images, entered, features, bypasses, x, network.head(x.clone()))
 
 
 @dataclass
@@ -294,7 +294,13 @@ def _write(
 ) -> None:
     x = parts.place(graph, network.stem, [examples.images], "stem", [IMAGES], "x0")
     decided: list[str] = []
+    entering = [not isinstance(entry, nn.Identity) for entry in network.entries]
     for index, (block, shortcut) in enumerate(zip(network.blocks, network.shortcuts, strict=True)):
+        if entering[index]:
+            entry, name = network.entries[index], f"entry{index}"
+            x = parts.place(graph, entry, [examples.entered[index]], name, [x], f"entered{index}")
+            if gate is not None and gate.carries and index > 0:
+                gate.carried = gate.pool(graph, index - 1, x, name)
         example = [examples.features[index], examples.bypasses[index]]
         output = f"x{index + 1}"
         bypass = x
@@ -303,8 +309,8 @@ def _write(
             bypass = parts.place(graph, shortcut, example[:1], name, [x], f"bypass{index}")
         if gate is None or index == 0:
             x = parts.place(graph, block, example, f"block{index}", [x, bypass], output)
-            if gate is not None:
-                gate.start(output)
+            if gate is not None and gate.carries and not entering[1]:
+                gate.carried = gate.pool(graph, 0, x, "block0")
             continue
 
         threshold = gate.threshold
@@ -327,7 +333,8 @@ def _write(
         some_outputs = [_gathered(some, place, runs, index, x, bypass)]
         skip_outputs = [skip.add("Identity", [bypass], f"skip{index}/output")]
         outputs = [output]
-        if gate.carried is not None and index < network.num_gates:
+        # What an entry comes after is pooled after the entry.
+        if gate.carries and index < network.num_gates and not entering[index + 1]:
             carried = f"pooled{index + 1}"
             outputs.append(carried)
             plain_outputs.append(gate.pool(plain, index, plain_outputs[0], f"block{index}"))
@@ -379,19 +386,18 @@ def _gathered(graph: _Graph, place: Any, runs: str, index: int, x: str, bypass: 
 class _RecurrentGate:
     """The recurrent gate: pooled features carried from block to block, one LSTM node a gate."""
 
+    carries = True
+
     def __init__(self, gate: RNNGate, graph: _Graph, features: Sequence[Tensor]) -> None:
         self.gate, self.graph = gate, graph
         self.ranks = [x.ndim for x in features]
-        self.carried: str | None = None
+        self.carried = ""
         self.state = ("", "")
         cell, project = gate.lstm, gate.project
         self.recurrent = graph.constant("gate/R", _iofc(cell.weight_hh)[None])
         self.project = graph.constant("gate/project", project.weight.detach().numpy().T)
         # h w + b > 0 as h w > -b: one node less a gate.
         self.threshold = -project.bias.detach().numpy()
-
-    def start(self, features: str) -> None:
-        self.carried = self.pool(self.graph, 0, features, "block0")
 
     def pool(self, graph: _Graph, index: int, features: str, name: str) -> str:
         """Global average pool to [1, batch, channels], as the LSTM reads it."""
@@ -408,7 +414,7 @@ class _RecurrentGate:
         """Logit less the bias, [1, batch, 1]."""
         gate, graph, name = self.gate, self.graph, f"gate{index}"
         embed, cell = gate.embed[index - 1], gate.lstm
-        assert isinstance(embed, nn.Linear) and self.carried is not None
+        assert isinstance(embed, nn.Linear) and self.carried
         # W (E p + e) + b: the linear a block, in float64, becomes part of the input weights.
         weight = cell.weight_ih.double() @ embed.weight.double()
         bias = cell.weight_ih.double() @ embed.bias.double() + cell.bias_ih.double()
@@ -430,7 +436,8 @@ class _RecurrentGate:
 class _FeedForwardGate:
     """Feed-forward gates: a module a gate, nothing carried."""
 
-    carried: str | None = None
+    carries = False
+    carried = ""
 
     def __init__(
         self,
@@ -441,9 +448,6 @@ class _FeedForwardGate:
     ) -> None:
         self.units, self.graph, self.parts, self.features = units, graph, parts, features
         self.threshold = np.zeros(1, np.float32)
-
-    def start(self, features: str) -> None:
-        pass
 
     def pool(self, graph: _Graph, index: int, features: str, name: str) -> str:
         raise AssertionError("nothing is carried")
