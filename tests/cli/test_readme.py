@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,16 @@ def blocks() -> list[tuple[str, str]]:
     text = README.read_text(encoding="utf-8")
     assert text.count("```") % 2 == 0
     return re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_programs_of_the_page_on_adapters_run(tmp_path: Path) -> None:
+    """One after the other, as the page is read."""
+    text = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+    programs = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    assert len(programs) == 4
+    (tmp_path / "page.py").write_text("\n".join(programs))
+    command = [sys.executable, "-W", "error", "page.py"]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
 
 
 def test_every_block_is_of_a_known_kind() -> None:

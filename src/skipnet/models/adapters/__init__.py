@@ -10,15 +10,12 @@ from skipnet.errors import UserError
 from skipnet.models.adapters import timm as timm
 from skipnet.models.adapters import torchvision as torchvision
 from skipnet.models.adapters import transformers as transformers
-from skipnet.models.adapters.parts import (
-    Block,
-    Parts,
-    Whole,
-    adapter_of,
-    in_sequence,
-    list_adapters,
-    shapes,
-)
+from skipnet.models.adapters.parts import Block as Block
+from skipnet.models.adapters.parts import Parts as Parts
+from skipnet.models.adapters.parts import Whole as Whole
+from skipnet.models.adapters.parts import adapter as adapter
+from skipnet.models.adapters.parts import adapter_of, in_sequence, shapes
+from skipnet.models.adapters.parts import list_adapters as list_adapters
 from skipnet.routing.gates import GateName, Layout, make_gate
 from skipnet.routing.network import SkipNet
 
