@@ -352,3 +352,13 @@ def test_a_target_out_of_reach_says_what_is_possible(
 def test_impossible_settings(make: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_gates_first_leaves_something_to_learn() -> None:
+    config = tiny_config()
+    with pytest.raises(UserError, match=r"gates_first 0\.8 and settle 0\.2 leave no step"):
+        replace(config.hrl, gates_first=0.8, settle=0.2, target_compute=0.5)
+    with pytest.raises(UserError, match=r"gates_first must lie in \[0, 1\), not 1"):
+        replace(config.hrl, gates_first=1.0)
+    with pytest.raises(UserError, match="nothing would learn"):
+        replace(config.sp, gates_first=0.5, decide="threshold", target_compute=None)

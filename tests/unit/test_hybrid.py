@@ -21,7 +21,7 @@ from skipnet.models.resnet_cifar import cifar_resnet
 from skipnet.routing.cost import Cost
 from skipnet.routing.decisions import Flip
 from skipnet.seeding import DECISIONS, sub_seed
-from skipnet.tasks.budget import Budget, Landing
+from skipnet.tasks.budget import Budget, HeadStart, Landing
 from skipnet.tasks.criterion import Criterion
 from skipnet.tasks.hybrid import Hybrid
 from skipnet.tasks.rewards import (
@@ -648,3 +648,29 @@ def test_after_landing_the_prediction_loss_alone_is_minimised(estimator: Any) ->
     assert calls == [0], "once, at its step"
     assert (task.alpha, budget) == (alpha, at)
     assert batches[before:] == [6, 6], "no other samples, no flips"
+
+
+@pytest.mark.parametrize("task", ["reinforce", "flip", "straight-through"])
+def test_gates_first(task: Any) -> None:
+    """Until a step gates alone learn, beside blocks as they are at inference."""
+    torch.manual_seed(0)
+    network = cifar_resnet(8, gate="rnn", num_classes=3, in_channels=1, widths=(2, 3, 4)).train()
+    images, labels = torch.randn(6, 1, 6, 6), torch.arange(6) % 3
+    assert network.gate is not None
+    head_start = HeadStart(network, 2)
+    if task == "straight-through":
+        objective: Any = Supervised(head_start=head_start)
+    else:
+        objective = Hybrid(estimator=task, diversity=0.1, head_start=head_start)
+    gates = list(network.gate.parameters())
+    blocks = [p for name, p in network.named_parameters() if not name.startswith("gate.")]
+    for step in range(4):
+        before = {name: value.clone() for name, value in network.named_buffers()}
+        network.zero_grad(set_to_none=True)
+        objective(network, images, labels, step)["loss"].backward()
+        assert any(p.grad is not None and p.grad.any() for p in gates)
+        learn = step >= 2
+        assert any(p.grad is not None and p.grad.any() for p in blocks) == learn
+        moved = any(not torch.equal(before[name], value) for name, value in network.named_buffers())
+        assert moved == learn, "running statistics"
+        network.train()  # As after an evaluation.

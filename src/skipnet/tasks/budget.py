@@ -7,6 +7,8 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from skipnet.routing.network import SkipNet
+
 SMOOTHING = 0.9
 """Momentum of the moving average of the computation, a step."""
 
@@ -100,6 +102,30 @@ class Landing:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.landed = bool(state.get("landed", False))
+
+
+@dataclass
+class HeadStart:
+    """Where a stage begins: blocks of a trained network stay as they are, and gates alone learn.
+
+    Which blocks matter for the network as it is, is learned before blocks get used to being left
+    out. Batch norms are as at inference.
+
+    Attributes:
+        network: Of which all but the gates stays.
+        step: The first step in which blocks learn too.
+    """
+
+    network: SkipNet
+    step: int
+
+    def advance(self, step: int) -> None:
+        """Freeze or release the blocks for a step."""
+        if step > self.step:
+            return
+        for name, part in self.network.named_children():
+            if name != "gate":
+                part.requires_grad_(step == self.step).train(step == self.step)
 
 
 def mean_over_processes(value: Tensor) -> float:

@@ -21,7 +21,7 @@ from skipnet.routing.decisions import Flip, Sample, Threshold
 from skipnet.routing.network import ExecutorName
 from skipnet.routing.trace import Routing
 from skipnet.seeding import DECISIONS, sub_seed
-from skipnet.tasks.budget import Budget, Landing, mean_over_processes
+from skipnet.tasks.budget import Budget, HeadStart, Landing, mean_over_processes
 from skipnet.tasks.criterion import Criterion
 from skipnet.tasks.rewards import (
     CostName,
@@ -69,6 +69,7 @@ class Hybrid:
         budget: Drives alpha to a target computation; None keeps alpha fixed.
         landing: When gates stop learning, and decide as at inference: from then on L alone is
             minimised. None lets them learn to the end.
+        head_start: When blocks begin to learn; None lets them from the first step.
         seed: Of the decisions: those of a step depend on `(seed, step)` alone.
     """
 
@@ -89,6 +90,7 @@ class Hybrid:
         criterion: Criterion | None = None,
         budget: Budget | None = None,
         landing: Landing | None = None,
+        head_start: HeadStart | None = None,
         seed: int = 0,
     ) -> None:
         for value, kind in (
@@ -117,11 +119,14 @@ class Hybrid:
         self.criterion = criterion or Criterion()
         self.budget = budget
         self.landing = landing
+        self.head_start = head_start
         self.seed = seed
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, step: int) -> Metrics:
         generator = torch.Generator(images.device)
         generator.manual_seed(sub_seed(self.seed, DECISIONS, step))
+        if self.head_start is not None:
+            self.head_start.advance(step)
         landed = self.landing is not None and self.landing.advance(step)
         if self.samples > 1 and not landed:
             images = images.repeat(self.samples, 1, 1, 1)

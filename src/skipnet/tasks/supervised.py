@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from skipnet.routing.decisions import Decision, Gumbel, Sample, Threshold, named_decision
 from skipnet.routing.network import ExecutorName
 from skipnet.seeding import DECISIONS, sub_seed
-from skipnet.tasks.budget import Budget, Landing, mean_over_processes
+from skipnet.tasks.budget import Budget, HeadStart, Landing, mean_over_processes
 from skipnet.tasks.criterion import Criterion
 from skipnet.tasks.rewards import CostName, block_costs, information
 from skipnet.tasks.task import Metrics
@@ -34,6 +34,7 @@ class Supervised:
         costs: C_i, see `block_costs`.
         diversity: Weight of what the decisions tell about the image, see `rewards.information`.
         landing: When gates stop learning, and decide as at inference; None lets them learn.
+        head_start: When blocks begin to learn; None lets them from the first step.
         seed: Of the decisions: those of a step depend on `(seed, step)` alone.
     """
 
@@ -47,6 +48,7 @@ class Supervised:
         costs: CostName = "uniform",
         diversity: float = 0.0,
         landing: Landing | None = None,
+        head_start: HeadStart | None = None,
         seed: int = 0,
     ) -> None:
         self.decide = decide
@@ -56,9 +58,12 @@ class Supervised:
         self.costs = costs
         self.diversity = diversity
         self.landing = landing
+        self.head_start = head_start
         self.seed = seed
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, step: int) -> Metrics:
+        if self.head_start is not None:
+            self.head_start.advance(step)
         landed = self.landing is not None and self.landing.advance(step)
         decision = Threshold() if landed else self._decision(images.device, step)
         # Rows can be left out only where no gradient flows through g.

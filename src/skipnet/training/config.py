@@ -150,6 +150,9 @@ class RoutedConfig(StageConfig):
     settle: float = 0.2
     """Share of the stage, at its end, in which gates that aim at target_compute, having landed,
     stay as they are, and the blocks get used to them; 0 lets gates learn to the end."""
+    gates_first: float = 0.0
+    """Share of the stage, at its beginning, in which gates alone learn and the blocks of a trained
+    network stay as they are; 0 lets blocks learn from the first step."""
     costs: CostName = "uniform"
     """C_i: uniform (the paper's 1), or macs (each block's multiply-adds over their mean)."""
     diversity: float = 0.0
@@ -165,12 +168,19 @@ class RoutedConfig(StageConfig):
             raise UserError(f"target_compute must lie in (0, 1], not {self.target_compute}")
         if not 0 <= self.target_ramp <= 1:
             raise UserError(f"target_ramp must lie in [0, 1], not {self.target_ramp}")
+        if not 0 <= self.gates_first < 1:
+            raise UserError(f"gates_first must lie in [0, 1), not {self.gates_first}")
         if not 0 <= self.settle < 1:
             raise UserError(f"settle must lie in [0, 1), not {self.settle}")
         if self.settles and self.target_ramp + self.settle > 1:
             raise UserError(
                 f"target_ramp {self.target_ramp} and settle {self.settle} are more than the whole "
                 "stage: lower one of them, or set settle to 0"
+            )
+        if self.settles and self.gates_first + self.settle >= 1:
+            raise UserError(
+                f"gates_first {self.gates_first} and settle {self.settle} leave no step in which "
+                "gates and blocks learn: lower one of them"
             )
         _at_least_0(self, "alpha_rate", "alpha_damping", "diversity")
 
@@ -194,6 +204,11 @@ class SupervisedConfig(RoutedConfig):
             raise UserError(
                 f"decide {self.decide} leaves the gates as they are, which no target_compute can "
                 "move: leave the target out, or use straight-through or gumbel"
+            )
+        if self.decide in ("sample", "threshold") and self.gates_first:
+            raise UserError(
+                f"decide {self.decide} leaves the gates as they are, and gates_first the blocks: "
+                "nothing would learn; use straight-through or gumbel"
             )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from skipnet.routing.network import SkipNet
 from skipnet.seeding import RANK, sub_seed
-from skipnet.tasks.budget import SMOOTHING, Budget, Landing
+from skipnet.tasks.budget import SMOOTHING, Budget, HeadStart, Landing
 from skipnet.tasks.criterion import Criterion
 from skipnet.tasks.hybrid import Hybrid
 from skipnet.tasks.supervised import Supervised
@@ -63,6 +63,9 @@ def stage_task(
         assert network.gate is not None
         step = round((1 - stage.settle) * total) * stage.accumulate
         landing = Landing(gate=network.gate, step=step, land=land)
+    head_start = None
+    if stage.gates_first:
+        head_start = HeadStart(network, round(stage.gates_first * total) * stage.accumulate)
     seed = sub_seed(config.seed, RANK, rank)
     if isinstance(stage, SupervisedConfig):
         if stage.decide in ("sample", "threshold") and not stage.diversity:
@@ -77,6 +80,7 @@ def stage_task(
             costs=stage.costs,
             diversity=stage.diversity,
             landing=landing,
+            head_start=head_start,
             seed=seed,
         )
     assert isinstance(stage, HybridConfig)
@@ -95,5 +99,6 @@ def stage_task(
         criterion=criterion,
         budget=budget,
         landing=landing,
+        head_start=head_start,
         seed=seed,
     )

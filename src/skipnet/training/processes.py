@@ -66,5 +66,7 @@ def all_rows(fabric: "Fabric", rows: Tensor) -> Tensor:
 
 def leaves_unused(config: TrainConfig) -> bool:
     """Return whether a block that no row of a batch runs, or a gate, may have no gradient."""
-    rows_left_out = config.sp.settles or config.sp.decide in ("sample", "threshold")
-    return "hrl" in config.stages or ("sp" in config.stages and rows_left_out)
+    rows_left_out = (
+        config.sp.settles or config.sp.gates_first or config.sp.decide in ("sample", "threshold")
+    )
+    return "hrl" in config.stages or ("sp" in config.stages and bool(rows_left_out))
