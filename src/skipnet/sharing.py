@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from skipnet.models.weights import ModelInfo
 
 FILE = "model.safetensors"
+# Where runs are, and what other libraries' networks are called.
+_NOT_ON_THE_HUB = ("runs", "torchvision", "timm", "transformers")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 _CARD = """\
@@ -56,21 +59,26 @@ class Shareable(
     """
 
     info: "ModelInfo | None" = None
+    _measured: int | None = None
 
     def save(self, path: str | os.PathLike[str], info: "ModelInfo | None" = None) -> None:
         """Write a model file, see `skipnet.save`.
 
         Args:
             path: Where to; an earlier file survives any failure.
-            info: What the file is to say; that of the file the network was loaded from, if not
-                given.
+            info: What the file is to say; `self.info` if not given, without results that were
+                measured with other weights.
 
         Raises:
             UserError: When there is nothing to say, or the file cannot be written.
         """
         from skipnet.models import weights
 
-        weights.save(self, path, info or self._said())  # type: ignore[arg-type]
+        if info is None:
+            info = self._said()
+            if self._measured != weights.fingerprint(self.state_dict()):  # type: ignore[attr-defined]
+                info = replace(info, results={})  # They are those of other weights.
+        weights.save(self, path, info)  # type: ignore[arg-type]
 
     def _said(self) -> "ModelInfo":
         if self.info is None:
@@ -79,6 +87,23 @@ class Shareable(
                 "normalised: set network.info to a skipnet.ModelInfo, or give one to save"
             )
         return self.info
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
+        """Upload the model file and a card; see `huggingface_hub.ModelHubMixin.push_to_hub`.
+
+        Raises:
+            UserError: When the hub cannot be reached or does not let you.
+        """
+        try:
+            return str(super().push_to_hub(*args, **kwargs))
+        except UserError:
+            raise
+        except Exception as error:  # As in `download`.
+            detail = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"nothing was pushed to the Hugging Face hub: {detail} (log in with `hf auth "
+                "login`)"
+            ) from error
 
     def _save_pretrained(self, save_directory: Path) -> None:
         self.save(save_directory / FILE)
@@ -114,10 +139,10 @@ class Shareable(
         info = self._said()
         results, architecture = info.results, info.architecture
         measured = "Not measured"
-        if results:
+        if {"accuracy", "macs_fraction"} <= results.keys():
             measured = (
-                f"As measured: {results['accuracy']:.2f} % on {results['num_images']:,} test "
-                f"images at {100 * results['macs_fraction']:.1f} % of the dense multiply-adds"
+                f"As measured: {results['accuracy']:.2f} % on test images at "
+                f"{100 * results['macs_fraction']:.1f} % of the dense multiply-adds"
             )
         height, width = info.image_size
         return ModelCard(
@@ -142,7 +167,9 @@ class Shareable(
 def is_hub_id(name: str) -> bool:
     """Whether a name may be `owner/name` on the hub, and nothing in `runs` or a folder here."""
     owner = name.split("/")[0]
-    return bool(_HUB_ID.fullmatch(name)) and owner != "runs" and not Path(owner).exists()
+    return (
+        bool(_HUB_ID.fullmatch(name)) and owner not in _NOT_ON_THE_HUB and not Path(owner).exists()
+    )
 
 
 def download(name: str, **options: Any) -> Path:

@@ -292,9 +292,11 @@ class TestRefused:
             ({"group2_ds0.0.weight": torch.zeros(1)}, "group2_ds0.0.weight is not group2_layer0"),
             ({"conv1.weight": None}, "it has no conv1.weight and is no network of the original"),
             ({"group3_layer2.conv1.weight": None, "group3_layer2.conv2.weight": None}, "missing"),
+            ({"group900000000_layer0.conv1.weight": torch.zeros(1)}, "not the first three or four"),
+            ({3: torch.zeros(1)}, "no state_dict of tensors"),
             ({"group1_layer3.conv1.weight": torch.zeros(1)}, "its stages have 4, 3, 3 blocks"),
         ]:
-            changed: dict[str, Any] = {**tensors, **change}
+            changed: dict[Any, Any] = {**tensors, **change}
             torch.save({k: v for k, v in changed.items() if v is not None}, file)
             with pytest.raises(UserError, match=message):
                 read_checkpoint(file)

@@ -13,6 +13,7 @@ from skipnet import TrainConfig, UserError
 from skipnet.recipes import RECIPES, describe_recipe, list_families, recipe
 from skipnet.training.config import StageConfig, from_dict, to_dict
 from skipnet.training.schedule import learning_rate_factor
+from skipnet.training.train import network_info
 
 # SkipNet, sections 4.1 and 4.2: networks and gates; feed-forward gates II are for deep networks.
 SHORT = {
@@ -253,3 +254,15 @@ def test_short_recipes_differ_in_the_schedule_alone(name: str, network: str) -> 
     assert short.hrl.target_compute is not None
     epochs = [short.stage(stage).epochs for stage in short.stages]
     assert None not in epochs and sum(epochs) < 30
+
+
+def test_finetune_normalises_as_the_weights_expect(data: Path) -> None:
+    config = recipe("finetune")
+    assert config.data.mean is None and config.model.weights == "DEFAULT"
+    images = skipnet.ImageSet(
+        images=torch.zeros(4, 3, 8, 8, dtype=torch.uint8),
+        labels=torch.arange(4),
+        classes=tuple("abcd"),
+    )
+    info = network_info(config, images)
+    assert (info.mean, info.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -218,9 +218,9 @@ class TestFromAnotherLibrary:
         )
         assert len(network.original_state_dict()["fc.bias"]) == 10
 
-    def test_sp_from_dense(self, tmp_path: Path) -> None:
+    def test_from_dense(self, tmp_path: Path) -> None:
         config = self.config("dense")
-        config.stages, config.sp_from_dense = ("dense", "sp"), True
+        config.stages, config.from_dense = ("dense", "sp"), True
         run = train(config, output=tmp_path / "run")
         dense, sp = (load(run.model_path(name))[0] for name in ("dense", "sp"))
         torch.testing.assert_close(
@@ -232,3 +232,45 @@ class TestFromAnotherLibrary:
         safetensors.torch.save_file(theirs, tmp_path / "theirs.safetensors")
         message = refused(self.config("sp", tmp_path / "theirs.safetensors"), tmp_path)
         assert re.search(r"layer\d.*is left over; .* and \d+ more", message)
+
+    def test_every_stage_that_would_start_anew_takes_the_weights(self, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        theirs = torchvision.models.resnet18(num_classes=10).state_dict()
+        safetensors.torch.save_file(theirs, tmp_path / "theirs.safetensors")
+        config = self.config("dense", tmp_path / "theirs.safetensors")
+        config.stages = ("dense", "sp")
+        run = train(config, output=tmp_path / "run")
+        for name in config.stages:
+            found = load(run.model_path(name))[0].original_state_dict()
+            torch.testing.assert_close(self.without(found), self.without(theirs))
+
+    def test_hrl_from_dense(self, tmp_path: Path) -> None:
+        config = self.config("dense")
+        config.stages, config.from_dense = ("dense", "hrl"), True
+        run = train(config, output=tmp_path / "run")
+        dense, hrl = (load(run.model_path(name))[0] for name in ("dense", "hrl"))
+        torch.testing.assert_close(
+            self.without(hrl.original_state_dict()), self.without(dense.original_state_dict())
+        )
+
+    def test_a_start_wins_and_says_how_images_are_normalised(self, tmp_path: Path) -> None:
+        config = self.config("dense")
+        config.data.mean, config.data.std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+        dense = train(config, output=tmp_path / "dense").path
+        config = self.config("sp", tmp_path / "nothing.safetensors")
+        config.start = dense
+        run = train(config, output=tmp_path / "run")
+        found, info = load(run.model_path("sp"))
+        assert (info.mean, info.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+        assert RunDirectory.open(run.path)[1].data.mean == info.mean, "for a resume"
+        torch.testing.assert_close(
+            self.without(found.original_state_dict()),
+            self.without(load(dense / "dense.safetensors")[0].original_state_dict()),
+        )
+
+    def test_a_start_of_other_blocks(self, tmp_path: Path) -> None:
+        start = train(self.config("sp"), output=tmp_path / "start").path
+        config = self.config("sp")
+        config.start = start
+        config.model = replace(config.model, blocks=(2, 3))
+        assert "its choice of blocks is None, not (2, 3)" in refused(config, tmp_path)

@@ -208,16 +208,36 @@ class TestRefused:
         }
         network = Architecture(name="transformers/x", num_classes=5, options=options).build()
         assert isinstance(network, SkipNet) and transformers is not None
+        with pytest.raises(UserError, match="of the kind None"):  # Nor its settings.
+            Architecture(name="transformers/somebody/model", num_classes=5).build()
+
+    def test_files_named_by_a_file_are_not_opened(self) -> None:
+        pytest.importorskip("timm")
+        options = {"img_size": [64, 64], "checkpoint_path": "evil.pth"}
+        with pytest.raises(UserError, match="options that are not read: checkpoint_path"):
+            Architecture(name="timm/vit_tiny_patch16_224", num_classes=5, options=options).build()
+
+    def test_weights_of_another_kind(self, tmp_path: Path) -> None:
+        network = architecture("torchvision/resnet18").build()
+        (tmp_path / "mine.pth").write_bytes(b"")
+        for place in (tmp_path / "mine.pth", tmp_path):
+            with pytest.raises(UserError, match=r"takes .safetensors files .* with --start"):
+                libraries.load_trained(network, "torchvision/resnet18", str(place))
+
+    def test_an_image_size_that_does_not_fit(self) -> None:
+        name = "torchvision/vit_b_16"
+        with pytest.raises(UserError, match="indivisible by patch size"):
+            Architecture(name=name, options=libraries.options(name, (30, 30))).build()
 
     def test_weights_that_are_not_there(self, tmp_path: Path) -> None:
         network = architecture("torchvision/resnet18").build()
-        with pytest.raises(UserError, match="with weights NOPE cannot be had"):
+        with pytest.raises(UserError, match="has no weights NOPE: use IMAGENET1K_V1, DEFAULT, or"):
             libraries.load_trained(network, "torchvision/resnet18", "NOPE")
         with pytest.raises(UserError, match="cannot be read as a safetensors file"):
             libraries.load_trained(network, "torchvision/resnet18", str(tmp_path / "n.safetensors"))
 
     def test_options_that_do_not_fit(self) -> None:
-        with pytest.raises(UserError, match="torchvision/resnet18 cannot be had: "):
+        with pytest.raises(UserError, match="resnet18 has options that are not read: colour"):
             Architecture(name="torchvision/resnet18", options={"colour": 3}).build()
         with pytest.raises(UserError, match="are for other libraries' networks"):
             Architecture(name="cifar_resnet20", blocks=(2,)).build()
@@ -239,9 +259,13 @@ class TestRefused:
         config = skipnet.recipe("digits")
         with pytest.raises(UserError, match="are for other libraries' networks"):
             dataclasses.replace(config.model, weights="DEFAULT")
-        config = skipnet.recipe("finetune")
-        with pytest.raises(UserError, match="both say what the first stage starts from"):
-            dataclasses.replace(config, start=Path("run"))
+
+
+def test_sizes_that_networks_are_known_for() -> None:
+    assert libraries.image_size("torchvision/vit_b_16") == (224, 224)
+    pytest.importorskip("timm")
+    assert libraries.image_size("timm/vit_base_patch16_384") == (384, 384)
+    assert skipnet.create("timm/vit_tiny_patch16_384", num_classes=5).num_gates == 0
 
 
 @pytest.mark.parametrize("pattern", ["torchvision/*", "*/resnet18*"])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,7 @@ def example() -> SkipNet:
 @pytest.mark.slow
 def test_pushed_and_fetched(hub: str, tmp_path: Path) -> None:
     network = example()
-    network.save(tmp_path / "mine.safetensors")
+    network.save(tmp_path / "mine.safetensors", network.info)
     python(
         "import skipnet; network, _ = skipnet.load('mine.safetensors');"
         "network.push_to_hub('owner/net')",
@@ -162,7 +163,7 @@ def test_pushed_and_fetched(hub: str, tmp_path: Path) -> None:
     }
     card = Hub.files["owner/net/README.md"].decode()
     assert "library_name: skipnet" in card
-    assert "91.50 % on 100 test images at 50.0 % of the dense multiply-adds" in card
+    assert "91.50 % on test images at 50.0 % of the dense multiply-adds" in card
     assert json.loads(Hub.files["owner/net/config.json"])["architecture"]["gate"] == "rnn"
     python(
         "import skipnet; from skipnet import SkipNet\n"
@@ -198,13 +199,28 @@ def test_what_cannot_be_fetched(hub: str, tmp_path: Path) -> None:
 
 def test_saved_with_what_it_was_loaded_with(tmp_path: Path) -> None:
     network = example()
-    network.save(tmp_path / "one.safetensors")
+    network.save(tmp_path / "one.safetensors", network.info)
     again, info = skipnet.load(tmp_path / "one.safetensors")
     assert again.info == info == network.info
     again.save(tmp_path / "two.safetensors")
     assert (tmp_path / "one.safetensors").read_bytes() == (
         tmp_path / "two.safetensors"
     ).read_bytes()
+    with torch.no_grad():
+        again.gate.project.bias += 1  # type: ignore[union-attr, operator]
+    again.save(tmp_path / "three.safetensors")
+    assert skipnet.load(tmp_path / "three.safetensors")[1] == replace(info, results={})
+
+
+def test_only_what_can_be_loaded_is_saved(tmp_path: Path) -> None:
+    network = example()
+    assert network.info is not None
+    other = replace(network.info.architecture, gate="ff1")
+    with pytest.raises(UserError, match="the network to save is of another architecture"):
+        network.save(tmp_path / "model.safetensors", replace(network.info, architecture=other))
+    with pytest.raises(UserError, match=r"set network.info"):
+        network.fuse().save(tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_to_a_folder_and_back(tmp_path: Path) -> None:
@@ -216,6 +232,7 @@ def test_to_a_folder_and_back(tmp_path: Path) -> None:
         "model.safetensors",
     }
     again = SkipNet.from_pretrained(tmp_path / "folder")
+    assert find_weights(tmp_path / "folder") == tmp_path / "folder" / "model.safetensors"
     for name, value in network.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)
 
@@ -238,6 +255,7 @@ def test_nothing_to_say(tmp_path: Path) -> None:
         ("owner/net/file", False),
         ("runs/mine", False),
         ("here/mine", False),
+        ("torchvision/resnet18", False),
         (".hidden/net", False),
     ],
 )

@@ -14,8 +14,7 @@ from torch import nn
 from skipnet.analysis.evaluate import evaluate as evaluate_model
 from skipnet.data.sources import DataConfig, load_split
 from skipnet.errors import UserError
-from skipnet.models import Architecture, defaults_of, describe, list_models
-from skipnet.models.libraries import is_library_name
+from skipnet.models import Architecture, defaults_of, describe, libraries, list_models
 from skipnet.models.original import DataName, read_checkpoint
 from skipnet.models.weights import ModelInfo, find_weights, list_weights, load, save
 from skipnet.recipes import describe_recipe, list_recipes
@@ -126,7 +125,12 @@ def info(
     if image_size is not None and image_size < 1:
         raise UserError(f"image_size is {image_size}; set it to 1 or more pixels")
     network, about = open_model(
-        model, stage=stage, gate=gate, num_classes=num_classes, in_channels=in_channels
+        model,
+        stage=stage,
+        gate=gate,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        image_size=image_size,
     )
     size = about.image_size if image_size is None else (image_size, image_size)
     console = Console(highlight=False)
@@ -222,6 +226,7 @@ def open_model(
     gate: GateName | None = None,
     num_classes: int | None = None,
     in_channels: int | None = None,
+    image_size: int | None = None,
 ) -> tuple[SkipNet, ModelInfo]:
     """Open a run directory or a model file, or build a network of the registry.
 
@@ -231,11 +236,12 @@ def open_model(
         gate: Kind of gate, for a name of the registry.
         num_classes: Number of classes, for a name of the registry.
         in_channels: Channels of the images, for a name of the registry.
+        image_size: Height and width of the images, for a name of the registry.
 
     Raises:
         UserError: When it is neither.
     """
-    named = model in list_models() or is_library_name(model)
+    named = model in list_models() or libraries.is_library_name(model)
     if not (named or is_hub_id(model)) and (
         "/" in model or model.endswith((".safetensors", ".onnx"))
     ):
@@ -252,13 +258,20 @@ def open_model(
     in_channels = 3 if in_channels is None else in_channels
     defaults = defaults_of(model)
     classes = defaults.num_classes if num_classes is None else num_classes
-    architecture = Architecture(name=model, gate=gate, num_classes=classes, in_channels=in_channels)
+    size = defaults.image_size if image_size is None else image_size
+    architecture = Architecture(
+        name=model,
+        gate=gate,
+        num_classes=classes,
+        in_channels=in_channels,
+        options=libraries.options(model, (size, size)) if libraries.is_library_name(model) else {},
+    )
     about = ModelInfo(
         architecture=architecture,
         classes=tuple(map(str, range(classes))),
         mean=(0.5,) * in_channels,
         std=(0.25,) * in_channels,
-        image_size=(defaults.image_size, defaults.image_size),
+        image_size=(size, size),
     )
     return architecture.build(), about
 

@@ -31,7 +31,7 @@ Split = Literal["train", "test"]
 
 ALIASES = {
     "test": ("validation", "valid", "val"),
-    **dict.fromkeys(("validation", "valid", "val"), ("validation", "valid", "val")),
+    **dict.fromkeys(("validation", "valid", "val"), ("validation", "valid", "val", "test")),
 }
 """Names a local folder may call a test split by."""
 DIGITS_TEST_IMAGES = 360

@@ -3,7 +3,7 @@
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
-from torch import nn
+from torch import Tensor, nn
 
 from skipnet.errors import UserError, extras_named, unknown
 from skipnet.models.adapters import skippable
@@ -33,17 +33,19 @@ class Library:
 
     Attributes:
         build: `(name, num_classes, in_channels, options) -> model`, with fresh weights.
-        trained: `(name, weights) -> model`, as its authors trained it.
+        trained: `(name, weights) -> state dict`, as its authors trained it.
         statistics: `(name, weights) -> (mean, std)` that its images are normalised by.
         options: `(name, image_size) -> options` of `build` without which this network cannot be
-            built again, or takes no images of this size.
+            built again, or takes no images of this size; None is the network's own.
+        image_size: `name -> (height, width)` that the network is known for.
         names: The names that can be made skippable, as far as they can be listed.
     """
 
     build: Callable[[str, int, int, Options], nn.Module]
-    trained: Callable[[str, str], nn.Module]
+    trained: Callable[[str, str], Mapping[str, Tensor]]
     statistics: Callable[[str, str], Statistics | None]
-    options: Callable[[str, tuple[int, int]], Options]
+    options: Callable[[str, tuple[int, int] | None], Options]
+    image_size: Callable[[str], tuple[int, int]]
     names: Callable[[], list[str]]
 
 
@@ -73,8 +75,12 @@ def build(
     return skippable(model, gate, blocks, verify=False)
 
 
-def options(name: str, image_size: tuple[int, int]) -> Options:
+def options(name: str, image_size: tuple[int, int] | None = None) -> Options:
     """Return what else a model file has to say for the network to be built again.
+
+    Args:
+        name: Of the network.
+        image_size: (height, width) that it is to take; what it is known for if not given.
 
     Raises:
         UserError: When the library is not installed or does not know the name.
@@ -82,6 +88,13 @@ def options(name: str, image_size: tuple[int, int]) -> Options:
     library, own = _split(name)
     with _explained(name):
         return library.options(own, image_size)
+
+
+def image_size(name: str) -> tuple[int, int]:
+    """Return height and width of the images that a network is known for."""
+    library, own = _split(name)
+    with _explained(name):
+        return library.image_size(own)
 
 
 def names(pattern: str) -> list[str]:
@@ -120,6 +133,12 @@ def load_trained(network: SkipNet, name: str, weights: str) -> list[str]:
         UserError: When there are no such weights, or more than the classifier does not fit.
     """
     path = Path(weights)
+    if path.exists() and not weights.endswith(_FILE):
+        raise UserError(
+            f"--weights takes {_FILE} files with the library's names, and {weights} is none: a run "
+            "of skipnet's is named with --start, and a .pth file's state dict is written anew by "
+            "safetensors.torch.save_file"
+        )
     if weights.endswith(_FILE):
         try:
             tensors = safetensors.torch.load_file(path)
@@ -128,7 +147,7 @@ def load_trained(network: SkipNet, name: str, weights: str) -> list[str]:
     else:
         library, own = _split(name)
         with _explained(f"{name} with weights {weights}"):
-            tensors = library.trained(own, weights).state_dict()
+            tensors = dict(library.trained(own, weights))
     try:
         return network.load_original_state_dict(tensors, new_classes=True)
     except UserError as error:
@@ -150,7 +169,15 @@ def _explained(name: str) -> Iterator[None]:
             yield
     except UserError:
         raise
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        AssertionError,
+    ) as error:
         why = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{name} cannot be had: {why[0]}") from None
 
@@ -165,24 +192,46 @@ def _torchvision(name: str, num_classes: int, in_channels: int, options: Options
             f"torchvision/{name} takes images of 3 channels, not {in_channels}: set "
             "--data.channels 3, or take a network of timm"
         )
+    _demand_known(f"torchvision/{name}", options, {"image_size"})
     model: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **options)
     return model
 
 
-def _torchvision_trained(name: str, weights: str) -> nn.Module:
-    model: nn.Module = importlib.import_module("torchvision.models").get_model(
-        name, weights=weights
+def _demand_known(name: str, options: Options, known: set[str]) -> None:
+    """Refuse what a file says of a constructor, but for what is known to be a size.
+
+    Others name files to open and code to fetch.
+    """
+    if strange := sorted(set(options) - known):
+        raise UserError(f"{name} has options that are not read: {', '.join(strange)}")
+
+
+def _torchvision_trained(name: str, weights: str) -> Mapping[str, Tensor]:
+    # Not by get_model, which would unpickle whatever the file says.
+    tensors: Mapping[str, Tensor] = _torchvision_weights(name, weights).get_state_dict(
+        check_hash=True, weights_only=True
     )
-    return model
+    return tensors
+
+
+def _torchvision_weights(name: str, weights: str) -> Any:
+    known = importlib.import_module("torchvision.models").get_model_weights(name)
+    if weights not in known.__members__:
+        raise UserError(
+            f"torchvision/{name} has no weights {weights}: use {', '.join(known.__members__)}, or "
+            f"a {_FILE} file"
+        )
+    return known[weights]
 
 
 def _torchvision_statistics(name: str, weights: str) -> Statistics:
-    models = importlib.import_module("torchvision.models")
-    preset = models.get_model_weights(name)[weights].transforms()
+    preset = _torchvision_weights(name, weights).transforms()
     return tuple(preset.mean), tuple(preset.std)
 
 
-def _torchvision_options(name: str, image_size: tuple[int, int]) -> Options:
+def _torchvision_options(name: str, image_size: tuple[int, int] | None) -> Options:
+    if image_size is None:
+        return {}
     return {"image_size": _square(name, image_size)} if name.startswith("vit_") else {}
 
 
@@ -197,16 +246,19 @@ def _timm(name: str, num_classes: int, in_channels: int, options: Options) -> nn
     if not timm.is_model(name.partition(".")[0]) or ":" in name or "/" in name:
         known = [f"timm/{one}" for one in timm.list_models()]
         raise UserError(unknown("model", f"timm/{name}", known))
+    _demand_known(f"timm/{name}", options, {"img_size"})
     model: nn.Module = timm.create_model(
         name, pretrained=False, num_classes=num_classes, in_chans=in_channels, **options
     )
     return model
 
 
-def _timm_trained(name: str, weights: str) -> nn.Module:
+def _timm_trained(name: str, weights: str) -> Mapping[str, Tensor]:
     timm = importlib.import_module("timm")
-    model: nn.Module = timm.create_model(_timm_tagged(name, weights), pretrained=True)
-    return model
+    tensors: dict[str, Tensor] = timm.create_model(
+        _timm_tagged(name, weights), pretrained=True
+    ).state_dict()
+    return tensors
 
 
 def _timm_statistics(name: str, weights: str) -> Statistics:
@@ -219,7 +271,9 @@ def _timm_tagged(name: str, weights: str) -> str:
     return name if weights == "DEFAULT" else f"{name.partition('.')[0]}.{weights}"
 
 
-def _timm_options(name: str, image_size: tuple[int, int]) -> Options:
+def _timm_options(name: str, image_size: tuple[int, int] | None) -> Options:
+    if image_size is None:
+        return {}
     timm = importlib.import_module("timm")
     base = name.partition(".")[0]
     tokens = base in timm.list_models(module="vision_transformer") + timm.list_models(module="deit")
@@ -233,7 +287,6 @@ def _timm_names() -> list[str]:
 
 def _transformers(name: str, num_classes: int, in_channels: int, options: Options) -> nn.Module:
     transformers = importlib.import_module("transformers")
-    options = options or _transformers_settings(name)
     kind = options.get("model_type")
     if kind not in _TRANSFORMERS:
         raise UserError(
@@ -258,22 +311,22 @@ def _transformers_settings(name: str) -> Options:
     return settings
 
 
-def _transformers_trained(name: str, weights: str) -> nn.Module:
+def _transformers_trained(name: str, weights: str) -> Mapping[str, Tensor]:
     transformers = importlib.import_module("transformers")
     model: nn.Module = transformers.AutoModelForImageClassification.from_pretrained(
         name, trust_remote_code=False, use_safetensors=True, **_revision(weights)
     )
-    return model
+    return model.state_dict()
 
 
 def _transformers_statistics(name: str, weights: str) -> Statistics | None:
     transformers = importlib.import_module("transformers")
-    try:
-        processor = transformers.AutoImageProcessor.from_pretrained(
-            name, trust_remote_code=False, **_revision(weights)
-        )
-    except (OSError, ValueError):  # Not every model comes with one.
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "preprocessor_config.json").exists():
         return None
+    processor = transformers.AutoImageProcessor.from_pretrained(
+        name, trust_remote_code=False, **_revision(weights)
+    )
     return tuple(processor.image_mean), tuple(processor.image_std)
 
 
@@ -281,11 +334,27 @@ def _revision(weights: str) -> dict[str, str]:
     return {} if weights == "DEFAULT" else {"revision": weights}
 
 
-def _transformers_options(name: str, image_size: tuple[int, int]) -> Options:
+def _transformers_options(name: str, image_size: tuple[int, int] | None) -> Options:
     settings = _transformers_settings(name)
-    if "image_size" in settings:
+    if "image_size" in settings and image_size is not None:
         settings["image_size"] = list(image_size)
     return {key: value for key, value in settings.items() if key not in _NAMES}
+
+
+def _torchvision_size(name: str) -> tuple[int, int]:
+    return 224, 224
+
+
+def _timm_size(name: str) -> tuple[int, int]:
+    timm = importlib.import_module("timm")
+    config = timm.models.get_pretrained_cfg(name)
+    _, height, width = (3, 224, 224) if config is None else config.input_size
+    return height, width
+
+
+def _transformers_size(name: str) -> tuple[int, int]:
+    size = _transformers_settings(name).get("image_size", 224)
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _square(name: str, image_size: tuple[int, int]) -> int:
@@ -301,6 +370,7 @@ LIBRARIES = {
         trained=_torchvision_trained,
         statistics=_torchvision_statistics,
         options=_torchvision_options,
+        image_size=_torchvision_size,
         names=_torchvision_names,
     ),
     "timm": Library(
@@ -308,6 +378,7 @@ LIBRARIES = {
         trained=_timm_trained,
         statistics=_timm_statistics,
         options=_timm_options,
+        image_size=_timm_size,
         names=_timm_names,
     ),
     "transformers": Library(
@@ -315,6 +386,7 @@ LIBRARIES = {
         trained=_transformers_trained,
         statistics=_transformers_statistics,
         options=_transformers_options,
+        image_size=_transformers_size,
         names=list,
     ),
 }

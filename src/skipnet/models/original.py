@@ -106,7 +106,9 @@ def read_checkpoint(path: str | os.PathLike[str], data: DataName | None = None) 
     saved = _unpickle(path)
     tensors = saved.get("state_dict", saved)
     said = {key: _plain(saved[key]) for key in _SAID if key in saved}
-    if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
+    if not isinstance(tensors, Mapping) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+    ):
         raise UserError(f"{path} holds no state_dict of tensors: it is no checkpoint of a network")
     own = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     try:
@@ -146,10 +148,10 @@ def _unpickle(path: Path) -> dict[str, Any]:
 def _architecture(tensors: Mapping[str, Tensor]) -> tuple[tuple[int, ...], Architecture]:
     """Which network this is, and the number of blocks in each of its stages."""
     found = {tuple(map(int, m.groups())) for m in map(_LAYER.match, tensors) if m}
-    stages = tuple(
-        sum(stage == number for stage, _ in found)
-        for number in range(1, max((stage for stage, _ in found), default=0) + 1)
-    )
+    numbers = sorted({stage for stage, _ in found})
+    if len(numbers) > 4 or numbers != list(range(1, len(numbers) + 1)):
+        raise UserError(f"its stages are {numbers[:5]}, and not the first three or four")
+    stages = tuple(sum(stage == number for stage, _ in found) for number in numbers)
     missing = [name for name in ("conv1.weight", "fc.weight") if name not in tensors]
     if missing or not stages:
         raise UserError(

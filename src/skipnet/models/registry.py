@@ -54,7 +54,7 @@ class Architecture:
     num_classes: int = 10
     in_channels: int = 3
     blocks: tuple[int, ...] | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.blocks is not None:  # A list, from a file.
@@ -142,7 +142,11 @@ def create(
     if num_classes is None:
         num_classes = defaults_of(name).num_classes
     return Architecture(
-        name=name, gate=gate, num_classes=num_classes, in_channels=in_channels
+        name=name,
+        gate=gate,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        options=libraries.options(name) if libraries.is_library_name(name) else {},
     ).build()
 
 
@@ -153,7 +157,9 @@ def defaults_of(name: str) -> Defaults:
         UserError: On an unknown name, with the nearest known ones.
     """
     Architecture(name=name).demand_known()
-    return _DEFAULTS.get(name, IMAGENET)
+    if libraries.is_library_name(name):
+        return Defaults(libraries.image_size(name)[0], IMAGENET.num_classes)
+    return _DEFAULTS[name]
 
 
 def list_models(pattern: str = "*") -> list[str]:

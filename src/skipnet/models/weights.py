@@ -2,19 +2,22 @@
 
 import json
 import os
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from skipnet.errors import UserError
 from skipnet.files import write_atomically
 from skipnet.models.registry import Architecture
 from skipnet.routing.network import SkipNet, demand_fitting
-from skipnet.sharing import download, is_hub_id
+from skipnet.sharing import FILE, download, is_hub_id
 
 FORMAT_VERSION = 1
 _KEY = "skipnet"
@@ -82,9 +85,30 @@ def save(model: SkipNet, path: str | os.PathLike[str], info: ModelInfo) -> None:
     """Write a model file atomically: an earlier file at `path` survives any failure.
 
     Raises:
-        UserError: When the file cannot be written (no space, no permission).
+        UserError: When the file cannot be written (no space, no permission), or could not be read:
+            the network is not of the architecture that `info` says.
     """
+    _demand_loadable(model, info)
     write_tensors(Path(path), model.state_dict(), info.to_dict())
+
+
+def _demand_loadable(model: SkipNet, info: ModelInfo) -> None:
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                built = info.architecture.build()
+        except RuntimeError:  # Some constructors read what they have made.
+            built = info.architecture.build()
+    demand_fitting(built.state_dict(), model.state_dict(), "the network to save")
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> int:
+    """Return a number that changes when a tensor does."""
+    found = 0
+    for name, tensor in sorted(tensors.items()):
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        found = zlib.crc32(data.data, zlib.crc32(name.encode(), found))
+    return found
 
 
 def load(path: str | os.PathLike[str]) -> tuple[SkipNet, ModelInfo]:
@@ -111,7 +135,7 @@ def load(path: str | os.PathLike[str]) -> tuple[SkipNet, ModelInfo]:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: its metadata is not a model's ({error!r})") from None
     load_weights(model, tensors, path)
-    model.info = info
+    model.info, model._measured = info, fingerprint(tensors)
     return model.eval(), info
 
 
@@ -127,6 +151,8 @@ def find_weights(name: str | os.PathLike[str]) -> Path:
         UserError: When it is a name of the hub's, and cannot be had.
     """
     path = Path(name)
+    if (path / "README.md").exists() and (path / FILE).exists():  # As `save_pretrained` leaves it.
+        return path / FILE
     if path.exists():
         return path
     if str(path) in list_weights():

@@ -19,13 +19,14 @@ def finetune() -> TrainConfig:
     config = paper("imagenet", 50, "rnn")
     config.recipe = "finetune"
     config.stages = ("sp", "hrl")
+    config.data.mean = config.data.std = None  # As the weights expect.
     config.model = ModelConfig(name="torchvision/resnet50", weights="DEFAULT")
     optimizer = OptimizerConfig(lr=0.1, nesterov=True, weight_decay=1e-4, clip_norm=5.0)
     # Before the others, where the weights are of other classes: --stages dense sp hrl.
     config.dense = StageConfig(
         epochs=15, batch_size=128, optimizer=optimizer, schedule=ScheduleConfig(name="one-cycle")
     )
-    config.sp_from_dense = True
+    config.from_dense = True
     # As good as dense training: what it is for is to warm up, at a rate that loses nothing.
     config.sp = SupervisedConfig(
         epochs=0.5,

@@ -186,10 +186,11 @@ class SkipNet(Shareable, nn.Module):
         own = self.original_state_dict()
         fitting = dict(tensors)
         if new_classes:
+            head = {name for key, name in self.sources.items() if key.startswith("head.")}
             fitting |= {
-                name: value
-                for name, value in own.items()
-                if name in tensors and _of_other_classes(value, tensors[name])
+                name: own[name]
+                for name in head & tensors.keys()
+                if _of_other_classes(own[name], tensors[name])
             }
         demand_fitting(own, fitting, "what is to be loaded")
         with torch.no_grad():
@@ -204,7 +205,7 @@ class SkipNet(Shareable, nn.Module):
         be trained or saved: it has other parameters.
         """
         fused = copy.deepcopy(self).eval()
-        fused.sources = {}
+        fused.sources, fused.info = {}, None
         for name, part in fused.named_children():
             if isinstance(part, nn.ModuleList):
                 for index, module in enumerate(part):

@@ -309,11 +309,11 @@ class TrainConfig:
     dense: StageConfig
     sp: SupervisedConfig
     hrl: HybridConfig
-    sp_from_dense: bool = False
-    """Whether sp starts from this run's dense network, where it has that stage, not anew."""
+    from_dense: bool = False
+    """Whether the first stage with gates starts from this run's dense network, if it has one."""
     start: Path | None = None
     """A run directory, a model file or a name (skipnet list weights) whose weights the first stage
-    starts from."""
+    starts from, whatever model.weights says."""
     teacher: Path | None = None
     """Run directory (its dense network), model file or name (skipnet list weights) whose answers sp
     and hrl learn from as well; none learns from the labels alone."""
@@ -352,10 +352,6 @@ class TrainConfig:
         if list(self.stages) != [name for name in ("dense", "sp", "hrl") if name in self.stages]:
             raise UserError(
                 f"stages run in the order dense, sp, hrl, each once, not {' '.join(self.stages)}"
-            )
-        if self.start is not None and self.model.weights is not None:
-            raise UserError(
-                "start and model.weights both say what the first stage starts from: give one"
             )
         _positive(self, "log_every")
         if self.evaluate_every is not None:

@@ -76,7 +76,12 @@ def start_weights(path: Path, info: ModelInfo, *, gated: bool) -> dict[str, Tens
     gate = own.gate if gated else None
     wrong = [
         f"its {what} is {one}, not {other}"
-        for what, one, other in (("network", theirs.name, own.name), ("gate", theirs.gate, gate))
+        for what, one, other in (
+            ("network", theirs.name, own.name),
+            ("gate", theirs.gate, gate),
+            ("choice of blocks", theirs.blocks, own.blocks),
+            ("constructor", theirs.options, own.options),
+        )
         if one != other and not (what == "gate" and one is None)
     ] + _other_data(found, info)
     if wrong:

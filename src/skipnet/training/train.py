@@ -95,6 +95,10 @@ def train(
 
     training_set, test_set = load(config.data)
     info = network_info(config, training_set)
+    if resume is None and libraries.is_library_name(config.model.name):
+        # Told once: a resume need not have the start, or the hub, that said so.
+        data = replace(config.data, mean=info.mean, std=info.std)
+        config = replace(config, data=data)
     for idle in _without_effect(config) if fabric.is_global_zero else ():
         warnings.warn(idle, stacklevel=2)
     training_set, test_set = training_set.to(fabric.device), test_set.to(fabric.device)
@@ -147,11 +151,15 @@ def train(
 def network_info(config: TrainConfig, training_set: Images) -> ModelInfo:
     """Return what the model files of a run say, but for results: the network and its images."""
     model, image_size = config.model, training_set.shape[1:]
-    known = None
-    if model.weights is not None and config.data.mean is None:
-        known = libraries.statistics(model.name, model.weights)
-    mean, std = known or normalization(config.data, training_set)
     foreign = libraries.is_library_name(model.name)
+    expected = None
+    if foreign and config.data.mean is None:
+        if config.start is not None:
+            start = load_model(locate_start(config.start, config.stages[0]))[1]
+            expected = start.mean, start.std
+        elif model.weights is not None:
+            expected = libraries.statistics(model.name, model.weights)
+    mean, std = expected or normalization(config.data, training_set)
     return ModelInfo(
         architecture=Architecture(
             name=model.name,
@@ -187,7 +195,7 @@ def demand_possible(config: TrainConfig, info: ModelInfo, *, start: bool) -> Non
             _demand_reachable(config.stage(name), network.cost(channels, *info.image_size))
     if start and config.start is not None:
         _start_weights(config.start, config.stages[0], info)
-    if start and config.model.weights is not None:
+    elif start and config.model.weights is not None:
         libraries.load_trained(network, config.model.name, config.model.weights)
     load_teacher(config, info)
 
@@ -240,17 +248,20 @@ def _run_stage(
     if name == "hrl" and run.finished("sp"):
         path = run.model_path("sp")
         load_weights(network, read_tensors(path)[0], path)
-    if name == "sp" and config.sp_from_dense and run.finished("dense"):
+    first = name == config.stages[0]
+    follows = name == "hrl" and run.finished("sp")
+    if config.from_dense and not (first or follows) and run.finished("dense"):
         load_start(network, read_tensors(run.model_path("dense"))[0])
-    begins = name == config.stages[0] and run.checkpoint_step(name) is None
-    if begins and config.model.weights is not None:
+        follows = True
+    begins = run.checkpoint_step(name) is None
+    if begins and config.model.weights is not None and config.start is None and not follows:
         left = libraries.load_trained(network, config.model.name, config.model.weights)
         if left:
             progress.note(
                 f"{name:5s} starts with a new classifier ({', '.join(left)}): that of "
                 f"{config.model.weights} is of other classes"
             )
-    if begins and config.start is not None:
+    if begins and first and config.start is not None:
         load_start(network, _start_weights(config.start, name, info))
         if config.model.open_blocks is not None:  # Which ask for another subset than the start's.
             open_gates(network, config.model)

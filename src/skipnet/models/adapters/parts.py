@@ -121,7 +121,7 @@ def shapes(parts: Parts) -> list[tuple[torch.Size, torch.Size]]:
                 x = pair[1](x, shortcut)
                 found.append((shortcut.shape, x.shape))
             bare[-1](x)
-    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+    except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
         size = "x".join(map(str, parts.input_size))
         raise UserError(
             f"the parts do not fit together on an image of {size}: {error} (name the size that the "
