@@ -122,6 +122,17 @@ def test_open_gates_learn() -> None:
     assert not torch.allclose(after[0], after[1]), "they see no input"
 
 
+def test_multiply_adds_of_attention_that_pools() -> None:
+    """Its query is a parameter, and a module's input."""
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(
+        "vit_tiny_patch16_224", global_pool="map", img_size=32, depth=3, num_classes=5
+    )
+    cost = skippable(model).cost(3, 32, 32)
+    assert cost.head > skippable(torchvision.models.resnet18(num_classes=5)).cost(3, 32, 32).head
+    assert len(set(cost.blocks)) == 1 and len(cost.gates) == 2
+
+
 class TestRefused:
     """Errors that say what to do."""
 

@@ -23,7 +23,8 @@ def skeleton(module: ModuleT) -> ModuleT:
     A copy, so that counting is safe beside other threads and shows no hook a batch that is none.
     """
     # In evaluation, for a batch norm in training is a dozen operations on shapes alone, too.
-    copied = copy.deepcopy(module).to("meta").eval()
+    # Without gradients: the library's counter stumbles over a parameter that is a module's input.
+    copied = copy.deepcopy(module).to("meta").eval().requires_grad_(False)
     for layer in copied.modules():
         for hooks in (layer._forward_hooks, layer._forward_pre_hooks):
             hooks.clear()
