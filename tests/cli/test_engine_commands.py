@@ -161,6 +161,14 @@ def test_benchmark_of_a_name(capsys: pytest.CaptureFixture[str]) -> None:
         assert row["ratio_to_dense_onnx"] == pytest.approx(expected, rel=1e-2)
 
 
+def test_benchmark_of_another_library_s_network(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["benchmark", "torchvision/resnet18", "--image-size", "32", "--repeats", "1"]
+    assert cli.main([*words, "--engines", "compacted", "portable"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["model"], result["gate"]) == ("torchvision/resnet18", "rnn")
+    assert [row["engine"] for row in result["rows"]] == ["dense-onnx", "compacted", "portable"]
+
+
 def test_benchmark_of_a_run_lets_its_gates_decide(
     digits_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ from skipnet.data.augment import normalize
 from skipnet.data.sources import load_split
 from skipnet.errors import UserError
 from skipnet.models import list_models
+from skipnet.models.libraries import is_library_name
 from skipnet.models.weights import ModelInfo
 from skipnet.routing.gates import GateName
 from skipnet.seeding import WEIGHTS, sub_seed
@@ -74,12 +75,14 @@ def benchmark(
     if image_size is not None and image_size < 1:
         raise UserError(f"image_size is {image_size}; set it to 1 or more pixels")
     torch.manual_seed(sub_seed(seed, WEIGHTS, 0))
-    named = model in list_models()
+    named = model in list_models() or is_library_name(model)
     if data is not None and (named or keep is not None):
         raise UserError(
             "--data is for a trained network whose gates decide: leave it or --keep out"
         )
-    network, about = open_model(model, stage=stage, gate=(gate or "rnn") if named else gate)
+    network, about = open_model(
+        model, stage=stage, gate=(gate or "rnn") if named else gate, image_size=image_size
+    )
     size = about.image_size if image_size is None else (image_size, image_size)
     if named and keep is None:
         keep = DEFAULT_KEEP
