@@ -2,9 +2,11 @@
 
 import os
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 
@@ -12,6 +14,7 @@ from skipnet.errors import UserError
 
 if TYPE_CHECKING:
     from skipnet.models.weights import ModelInfo
+    from skipnet.routing.network import SkipNet
 
 FILE = "model.safetensors"
 # Where runs are, and what other libraries' networks are called.
@@ -74,40 +77,39 @@ class Shareable(
         """
         from skipnet.models import weights
 
-        if info is None:
-            info = self._said()
-            if self._measured != weights.fingerprint(self.state_dict()):  # type: ignore[attr-defined]
-                info = replace(info, results={})  # They are those of other weights.
-        weights.save(self, path, info)  # type: ignore[arg-type]
+        weights.save(self._network(), path, info or self._current_info())
 
-    def _said(self) -> "ModelInfo":
+    def _network(self) -> "SkipNet":
+        """Return this, as what it is: the mixin knows nothing of networks."""
+        return cast("SkipNet", self)
+
+    def _current_info(self) -> "ModelInfo":
+        """Return `info` without results that were measured with other weights."""
+        from skipnet.models import weights
+
         if self.info is None:
             raise UserError(
                 "a file has to say how to build this network, its classes and how its images are "
                 "normalised: set network.info to a skipnet.ModelInfo, or give one to save"
             )
-        return self.info
+        if self._measured == weights.fingerprint(self._network().state_dict()):
+            return self.info
+        return replace(self.info, results={})
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Upload the model file and a card; see `huggingface_hub.ModelHubMixin.push_to_hub`.
 
         Raises:
             UserError: When the hub cannot be reached or does not let you.
         """
-        try:
-            return str(super().push_to_hub(*args, **kwargs))
-        except UserError:
-            raise
-        except Exception as error:  # As in `download`.
-            detail = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"nothing was pushed to the Hugging Face hub: {detail} (log in with `hf auth "
-                "login`)"
-            ) from error
+        card = {"repo_id": repo_id} | (kwargs.pop("model_card_kwargs", None) or {})
+        with _hub_errors(_explain_push):
+            return str(super().push_to_hub(repo_id, model_card_kwargs=card, **kwargs))
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        self.save(save_directory / FILE)
-        self._hub_mixin_config = self._said().to_dict()
+        info = self._current_info()
+        self.save(save_directory / FILE, info)
+        self._hub_mixin_config = info.to_dict()
 
     @classmethod
     def _from_pretrained(
@@ -136,7 +138,7 @@ class Shareable(
         return weights.load(path)[0]
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        info = self._said()
+        info = self._current_info()
         results, architecture = info.results, info.architecture
         measured = "Not measured"
         if {"accuracy", "macs_fraction"} <= results.keys():
@@ -179,10 +181,31 @@ def download(name: str, **options: Any) -> Path:
         UserError: When there is no such repository or file, it needs a login, or the hub cannot be
             reached.
     """
-    try:
+    with _hub_errors(lambda error: _explain(error, name)):
         return Path(hf_hub_download(name, FILE, **options))
-    except Exception as error:  # The hub's client has dozens of unrelated types for its failures.
-        raise UserError(_explain(error, name)) from error
+
+
+@contextmanager
+def _hub_errors(explain: Callable[[Exception], str]) -> Iterator[None]:
+    """Say what an error of the hub's client means; a defect of ours keeps its traceback.
+
+    The client has dozens of unrelated types for its failures, and those of the library beneath it,
+    which is another one before its version 1.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        client = type(error).__module__.split(".")[0] in ("huggingface_hub", "httpx", "requests")
+        if not client and not isinstance(error, OSError | ValueError):
+            raise
+        raise UserError(explain(error)) from error
+
+
+def _explain_push(error: Exception) -> str:
+    detail = " ".join(str(error).split())[:200]
+    return f"nothing was pushed to the Hugging Face hub: {detail} (log in with `hf auth login`)"
 
 
 def _explain(error: Exception, name: str) -> str:

@@ -291,6 +291,9 @@ class TestRefused:
             ({"group2_layer1.bn1.bias": torch.zeros(3)}, r"group2_layer1.bn1.bias is \[3\], not"),
             ({"group2_ds0.0.weight": torch.zeros(1)}, "group2_ds0.0.weight is not group2_layer0"),
             ({"conv1.weight": None}, "it has no conv1.weight and is no network of the original"),
+            ({"conv1.weight": torch.zeros(3)}, "it has no conv1.weight and is no network of the"),
+            ({"fc.weight": torch.tensor(0.0)}, "it has no fc.weight and is no network of the"),
+            ({name: None for name in tensors if name.startswith("group")}, "no group1_layer0"),
             ({"group3_layer2.conv1.weight": None, "group3_layer2.conv2.weight": None}, "missing"),
             ({"group900000000_layer0.conv1.weight": torch.zeros(1)}, "not the first three or four"),
             ({3: torch.zeros(1)}, "no state_dict of tensors"),
@@ -303,7 +306,9 @@ class TestRefused:
 
     def test_classes_of_none(self, tmp_path: Path) -> None:
         file = checkpoint(original("cifar_resnet20", "rnn", 7), tmp_path / "c.pth.tar")
-        with pytest.raises(UserError, match="7 classes is none of the original code's: say with"):
+        with pytest.raises(
+            UserError, match="7 classes is none of the original code's: say with --trained"
+        ):
             read_checkpoint(file)
         assert read_checkpoint(file, "cifar10").info.classes[:2] == ("class 0", "class 1")
 

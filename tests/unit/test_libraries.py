@@ -165,6 +165,8 @@ class TestOriginalWeights:
         pytest.importorskip("timm")
         assert libraries.statistics("timm/resnet50", "a1_in1k") == usual
         assert libraries.statistics("torchvision/resnet50", "mine.safetensors") is None
+        with pytest.raises(UserError, match=r"with weights nope cannot be had: Invalid pretr"):
+            libraries.statistics("timm/resnet50", "nope")
 
 
 class TestRefused:
@@ -249,6 +251,7 @@ class TestRefused:
             Architecture(name="torchvision/resnet18", in_channels=1).build()
 
     def test_a_library_that_is_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delitem(sys.modules, "skipnet.models.libraries.timm", raising=False)
         monkeypatch.setitem(sys.modules, "timm", None)
         with pytest.raises(
             UserError, match=r"timm is not installed: pip install 'skipnet\[timm\]'"

@@ -163,6 +163,7 @@ def test_pushed_and_fetched(hub: str, tmp_path: Path) -> None:
     }
     card = Hub.files["owner/net/README.md"].decode()
     assert "library_name: skipnet" in card
+    assert 'skipnet.load("owner/net")' in card
     assert "91.50 % on test images at 50.0 % of the dense multiply-adds" in card
     assert json.loads(Hub.files["owner/net/config.json"])["architecture"]["gate"] == "rnn"
     python(
@@ -210,6 +211,24 @@ def test_saved_with_what_it_was_loaded_with(tmp_path: Path) -> None:
         again.gate.project.bias += 1  # type: ignore[union-attr, operator]
     again.save(tmp_path / "three.safetensors")
     assert skipnet.load(tmp_path / "three.safetensors")[1] == replace(info, results={})
+
+
+def test_a_card_of_other_weights_says_no_results(tmp_path: Path) -> None:
+    network = example()
+    network.save(tmp_path / "one.safetensors", network.info)
+    again, _ = skipnet.load(tmp_path / "one.safetensors")
+    again.save_pretrained(tmp_path / "same")
+    assert "91.50 %" in (tmp_path / "same" / "README.md").read_text()
+    with torch.no_grad():
+        again.gate.project.bias += 1  # type: ignore[union-attr, operator]
+    again.save_pretrained(tmp_path / "other")
+    assert "Not measured" in (tmp_path / "other" / "README.md").read_text()
+    assert json.loads((tmp_path / "other" / "config.json").read_text())["results"] == {}
+
+
+def test_a_defect_of_ours_is_no_error_of_the_hub() -> None:
+    with pytest.raises(TypeError):
+        example().push_to_hub("owner/net", no_such_option=1)
 
 
 def test_only_what_can_be_loaded_is_saved(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def import_(
     checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT.pth.tar")],
     output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE.safetensors")],
     *,
-    data: DataName | None = None,
+    trained_on: DataName | None = None,
 ) -> None:
     """Read a checkpoint of the original SkipNet code, and write a model file.
 
@@ -175,12 +175,12 @@ def import_(
     Args:
         checkpoint: The file.
         output: The model file to write; an earlier one is replaced.
-        data: What it was trained on, for the normalisation of images and the names of classes; told
+        trained_on: Its data set, for the normalisation of images and the names of classes; told
             from arch and number of classes if not given.
     """
     if output.suffix != ".safetensors":
         raise UserError(f"the file to write must end in .safetensors, and {output} does not")
-    network, about, said = read_checkpoint(checkpoint, data)
+    network, about, said = read_checkpoint(checkpoint, trained_on)
     save(network, output, about)
     architecture = about.architecture
     print(
@@ -264,7 +264,7 @@ def open_model(
         gate=gate,
         num_classes=classes,
         in_channels=in_channels,
-        options=libraries.options(model, (size, size)) if libraries.is_library_name(model) else {},
+        options=libraries.options(model, (size, size)),
     )
     about = ModelInfo(
         architecture=architecture,

@@ -90,13 +90,13 @@ class Imported(NamedTuple):
     said: dict[str, Any]
 
 
-def read_checkpoint(path: str | os.PathLike[str], data: DataName | None = None) -> Imported:
+def read_checkpoint(path: str | os.PathLike[str], trained_on: DataName | None = None) -> Imported:
     """Read a checkpoint of the original code.
 
     Args:
         path: The `.pth.tar` file.
-        data: What it was trained on, which says how images are normalised and what classes are
-            called; told from its arch and its number of classes if not given.
+        trained_on: Its data set, which says how images are normalised and what classes are called;
+            told from its arch and its number of classes if not given.
 
     Raises:
         UserError: When it cannot be read, holds code, or is not such a checkpoint: names that are
@@ -117,7 +117,7 @@ def read_checkpoint(path: str | os.PathLike[str], data: DataName | None = None) 
         network.load_state_dict(_renamed(own, stages, architecture.gate, network))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    name = data or _data_name(architecture, str(said.get("arch", "")))
+    name = trained_on or _data_name(architecture, str(said.get("arch", "")))
     return Imported(network.eval(), _info(architecture, name), said)
 
 
@@ -149,17 +149,22 @@ def _architecture(tensors: Mapping[str, Tensor]) -> tuple[tuple[int, ...], Archi
     """Which network this is, and the number of blocks in each of its stages."""
     found = {tuple(map(int, m.groups())) for m in map(_LAYER.match, tensors) if m}
     numbers = sorted({stage for stage, _ in found})
-    if len(numbers) > 4 or numbers != list(range(1, len(numbers) + 1)):
-        raise UserError(f"its stages are {numbers[:5]}, and not the first three or four")
-    stages = tuple(sum(stage == number for stage, _ in found) for number in numbers)
-    missing = [name for name in ("conv1.weight", "fc.weight") if name not in tensors]
-    if missing or not stages:
+    dimensions = {"conv1.weight": 4, "fc.weight": 2}
+    missing = [
+        name
+        for name, number in dimensions.items()
+        if name not in tensors or tensors[name].ndim != number
+    ]
+    if missing or not numbers:
         raise UserError(
             "it has no "
             + (missing or ["group1_layer0"])[0]
             + " and is no network of the original code; its first names are "
             + ", ".join(list(tensors)[:3])
         )
+    if len(numbers) > 4 or numbers != list(range(1, len(numbers) + 1)):
+        raise UserError(f"its stages are {numbers[:5]}, and not the first three or four")
+    stages = tuple(sum(stage == number for stage, _ in found) for number in numbers)
     bottleneck = "group1_layer0.conv3.weight" in tensors
     depth = 6 * stages[0] + 2
     name = f"cifar_resnet{depth}"
@@ -202,7 +207,7 @@ def _renamed(
     renamed: dict[str, Tensor] = {}
     own = network.state_dict()
     head = next(name.removesuffix(".weight") for name in own if name.startswith("head"))
-    for ours, name in _names(stages, gate, head, network):
+    for ours, name in _names(stages, gate, head):
         for key in (key for key in own if key.startswith(f"{ours}.") or key == ours):
             source = name + key.removeprefix(ours)
             tensor = left.pop(source, None)
@@ -228,9 +233,7 @@ def _renamed(
     return renamed
 
 
-def _names(
-    stages: tuple[int, ...], gate: GateName | None, head: str, network: SkipNet
-) -> Iterator[tuple[str, str]]:
+def _names(stages: tuple[int, ...], gate: GateName | None, head: str) -> Iterator[tuple[str, str]]:
     """Our name of every layer, or group of layers, and theirs."""
     yield "stem.0", "conv1"
     yield "stem.1", "bn1"
@@ -265,7 +268,7 @@ def _data_name(architecture: Architecture, arch: str) -> DataName:
             return name
     raise UserError(
         f"a network of {architecture.num_classes} classes is none of the original code's: say with "
-        f"--data which of {', '.join(_DATA_SETS)} it is nearest to"
+        f"--trained-on which of {', '.join(_DATA_SETS)} it is nearest to"
     )
 
 

@@ -146,7 +146,7 @@ def create(
         gate=gate,
         num_classes=num_classes,
         in_channels=in_channels,
-        options=libraries.options(name) if libraries.is_library_name(name) else {},
+        options=libraries.options(name),
     ).build()
 
 

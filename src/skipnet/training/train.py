@@ -167,7 +167,7 @@ def network_info(config: TrainConfig, training_set: Images) -> ModelInfo:
             num_classes=len(training_set.classes),
             in_channels=training_set.shape[0],
             blocks=model.blocks,
-            options=libraries.options(model.name, image_size) if foreign else {},
+            options=libraries.options(model.name, image_size),
         ),
         classes=training_set.classes,
         mean=mean,
