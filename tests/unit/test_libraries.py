@@ -97,6 +97,15 @@ def test_blocks_that_may_be_skipped_are_in_the_file(tmp_path: Path) -> None:
     assert (said, again.fixed_blocks) == (info, network.fixed_blocks)
 
 
+def test_held_against_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a network is first made: a release of the library may have changed it."""
+    own = torchvision.models.ResNet.forward
+    monkeypatch.setattr(torchvision.models.ResNet, "forward", lambda self, x: 2 * own(self, x))
+    with pytest.raises(UserError, match="parts of ResNet compute something else than it does"):
+        skipnet.create("torchvision/resnet18")
+    architecture("torchvision/resnet18").build()  # Again, from what a file says.
+
+
 def test_nothing_is_said_of_our_own() -> None:
     assert set(Architecture(name="cifar_resnet20").to_dict()) == {
         "name",

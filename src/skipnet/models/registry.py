@@ -60,8 +60,12 @@ class Architecture:
         if self.blocks is not None:  # A list, from a file.
             object.__setattr__(self, "blocks", tuple(self.blocks))
 
-    def build(self) -> SkipNet:
+    def build(self, *, verify: bool = False) -> SkipNet:
         """Build the network with fresh weights.
+
+        Args:
+            verify: Hold another library's network, taken apart, against itself. That costs two
+                passes of an image, and has been done before a model file is written.
 
         Raises:
             UserError: On an unknown name or gate, with the nearest known ones, or a network of
@@ -81,6 +85,7 @@ class Architecture:
                 self.in_channels,
                 self.blocks,
                 self.options,
+                verify=verify,
             )
         if self.blocks is not None or self.options:
             raise UserError(
@@ -147,7 +152,7 @@ def create(
         num_classes=num_classes,
         in_channels=in_channels,
         options=libraries.options(name),
-    ).build()
+    ).build(verify=True)
 
 
 def defaults_of(name: str) -> Defaults:

@@ -187,7 +187,7 @@ def demand_possible(config: TrainConfig, info: ModelInfo, *, start: bool) -> Non
     Raises:
         UserError: When a target is out of reach, or the weights to start from do not fit.
     """
-    network = info.architecture.build()
+    network = info.architecture.build(verify=True)
     if set(config.stages) & {"sp", "hrl"}:
         channels = info.architecture.in_channels
         open_gates(network, config.model)

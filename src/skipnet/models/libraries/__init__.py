@@ -30,8 +30,10 @@ def build(
     in_channels: int,
     blocks: tuple[int, ...] | None,
     options: Options,
+    *,
+    verify: bool,
 ) -> SkipNet:
-    """Build a network of another library with fresh weights, taken apart.
+    """Build a network of another library with fresh weights, taken apart; see `skippable`.
 
     Raises:
         UserError: When the library is not installed, does not know the name or an option, or the
@@ -39,8 +41,7 @@ def build(
     """
     with _library(name) as (library, own):
         model = library.build(own, num_classes, in_channels, options)
-    # What can be built by name is held against its parts by the tests, not every time.
-    return skippable(model, gate, blocks, verify=False)
+    return skippable(model, gate, blocks, verify=verify)
 
 
 def options(name: str, image_size: tuple[int, int] | None = None) -> Options:
