@@ -21,7 +21,7 @@ from skipnet.studies.view import last_line, share_done
 from skipnet.training.config import differences, to_dict
 
 RNN, FF = "cifar10-resnet38-rnn", "cifar10-resnet38-ff"
-SAMPLING = ("hrl.estimator", "hrl.policy_weight", "hrl.sharpen_to")
+SAMPLING = ("hrl.estimator", "hrl.policy_weight", "hrl.sharpen_to", "hrl.flipped_share")
 """In what the digits' recipe, which flips, differs from one that samples."""
 
 
@@ -49,7 +49,8 @@ class TestVariants:
             ("gumbel", ["stages", "sp.decide"]),
             ("fixed-alpha", ["stages", "hrl.target_compute", "hrl.alpha"]),
             ("no-baseline", ["stages", "hrl.baseline", *SAMPLING]),
-            ("no-sharpen", ["stages", "hrl.estimator", "hrl.policy_weight"]),
+            ("no-sharpen", ["stages", "hrl.estimator", "hrl.policy_weight", "hrl.flipped_share"]),
+            ("no-flipped", ["stages", "hrl.flipped_share"]),
             ("no-landing", ["stages", "hrl.land"]),
             ("no-settling", ["stages", "hrl.settle"]),
             ("all-rows", ["stages", "hrl.statistics"]),
@@ -112,7 +113,8 @@ class TestVariants:
         assert set(VARIANTS) - set(names) == {"reinforce", "no-sharpen", "dense"}
 
     def test_of_a_recipe_that_samples(self) -> None:
-        assert changed("flip", RNN)[1] == ["stages", "hrl.estimator"]
+        assert set(changed("flip", RNN)[1]) == {"stages", "hrl.estimator", "hrl.flipped_share"}
+        assert changed("flip")[1] == ["stages"], "the recipe flips"
         assert changed("no-baseline", RNN)[0].hrl.policy_weight == 0.01, "the recipe's own"
 
 

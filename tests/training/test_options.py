@@ -256,6 +256,7 @@ def test_which_runs_leave_parameters_without_gradient(
     [
         (("dense",), {"recalibrate": 2}, "recalibrate has no effect: the stage dense has no gates"),
         (("hrl",), {"hrl": {"estimator": "flip", "baseline": "greedy"}}, "hrl.baseline has no eff"),
+        (("hrl",), {"hrl": {"flipped_share": 0.5}}, "hrl.flipped_share has no effect"),
     ],
 )
 def test_what_has_no_effect_is_said(
@@ -340,6 +341,7 @@ def test_a_target_out_of_reach_says_what_is_possible(
         (lambda: ModelConfig(open_blocks=(1,)), "static"),
         (lambda: tiny_config(model=ModelConfig(gate="static", open_blocks=(1,))), "open_blocks"),
         (lambda: SupervisedConfig(iterations=1, alpha_rate=-1.0), "alpha_rate"),
+        (lambda: HybridConfig(iterations=1, flipped_share=1.5), "flipped_share"),
         (lambda: HybridConfig(iterations=1, alpha_damping=float("nan")), "alpha_damping"),
         (lambda: HybridConfig(iterations=1, policy_weight=float("nan")), "policy_weight"),
         (lambda: HybridConfig(iterations=1, beta=-1.0), "beta"),

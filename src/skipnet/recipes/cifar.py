@@ -46,6 +46,7 @@ def cifar10_resnet38_rnn_short() -> TrainConfig:
         target_ramp=0.3,
         alpha_rate=0.01,
         estimator="flip",
+        flipped_share=0.5,
         diversity=0.1,
     )
     config.evaluate_every = 1

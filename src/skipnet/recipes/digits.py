@@ -34,6 +34,7 @@ def digits() -> TrainConfig:
             target_ramp=0.4,
             alpha_rate=0.01,
             estimator="flip",
+            flipped_share=0.5,
             diversity=0.1,
         ),
         evaluate_every=10,

@@ -44,6 +44,7 @@ def finetune() -> TrainConfig:
         target_ramp=0.3,
         alpha_rate=0.01,
         estimator="flip",
+        flipped_share=0.5,
         diversity=0.1,
     )
     return config

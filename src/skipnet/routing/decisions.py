@@ -138,10 +138,10 @@ class Fixed:
 
 
 class Flip:
-    """The hard threshold, but for one gate a row, which decides the other way.
+    """The hard threshold, but for one gate a row at most, which decides the other way.
 
     Args:
-        gates: Which gate, int64 [batch].
+        gates: Which gate, int64 [batch]; -1 for none.
     """
 
     def __init__(self, gates: Tensor) -> None:

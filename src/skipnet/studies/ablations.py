@@ -20,7 +20,8 @@ Variant = Callable[[TrainConfig], TrainConfig]
 FF_LAYERS = 100
 RECALIBRATION_BATCHES = 50
 # What a recipe that flips gets where it is to sample (docs/log.md).
-SUITS_REINFORCE: dict[str, Any] = {"policy_weight": 0.2, "sharpen_to": 2.0}
+SUITS_REINFORCE: dict[str, Any] = {"policy_weight": 0.2, "sharpen_to": 2.0, "flipped_share": 0.0}
+SUITS_FLIP: dict[str, Any] = {"flipped_share": 0.5}
 
 
 def hrl(config: TrainConfig) -> TrainConfig:
@@ -99,7 +100,14 @@ def reinforce(config: TrainConfig) -> TrainConfig:
 
 def flip(config: TrainConfig) -> TrainConfig:
     """The estimator that tries the other decision of one gate an image."""
-    return _hrl(config, estimator="flip")
+    if config.hrl.estimator == "flip":
+        return hrl(config)
+    return _hrl(config, estimator="flip", **SUITS_FLIP)
+
+
+def no_flipped(config: TrainConfig) -> TrainConfig:
+    """Blocks learn from the decisions of inference alone, and never from a flipped one."""
+    return _hrl(config, flipped_share=0.0)
 
 
 def no_baseline(config: TrainConfig) -> TrainConfig:
@@ -161,6 +169,7 @@ VARIANTS: dict[str, Variant] = {
     "fixed-alpha": fixed_alpha,
     "reinforce": reinforce,
     "flip": flip,
+    "no-flipped": no_flipped,
     "no-baseline": no_baseline,
     "no-sharpen": no_sharpen,
     "no-landing": no_landing,

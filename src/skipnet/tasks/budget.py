@@ -19,17 +19,18 @@ class Budget:
 
     Dual ascent with damping: `alpha = integral + damping * error`, `integral += rate * error`, the
     error being the computation (share of dense multiply-adds, a moving average over steps) over the
-    target of the moment. The target falls linearly from the computation at the start to `target` at
-    `ramp_steps`, so that the network can follow. An integral alone swings: by the time the average
-    shows that alpha is high enough, it is far too high. Alpha becomes negative where the
-    computation is below the target: then blocks are paid to run, for closed gates do not open by
-    themselves.
+    target of the moment, less 1: relative, since the fewer blocks are left, the more each is worth,
+    and the higher the price has to rise to close another. The target falls linearly from the
+    computation at the start to `target` at `ramp_steps`, so that the network can follow. An
+    integral alone swings: by the time the average shows that alpha is high enough, it is far too
+    high. Alpha becomes negative where the computation is below the target: then blocks are paid to
+    run, for closed gates do not open by themselves.
 
     Attributes:
         target: Share of dense multiply-adds to reach.
         ramp_steps: Steps until the target is in force.
-        rate: Integral gain, alpha a step and unit of error.
-        damping: Proportional gain, alpha a unit of error.
+        rate: Integral gain, alpha a step and unit of relative error.
+        damping: Proportional gain, alpha a unit of relative error.
         momentum: Of the moving average.
         integral: State.
         average: State: the average computation; negative before the first step.
@@ -55,7 +56,7 @@ class Budget:
         if self.average < 0:
             self.average = self.start = computation
         self.average += (1 - self.momentum) * (computation - self.average)
-        error = self.average - self.goal(step)
+        error = self.average / self.goal(step) - 1
         self.integral += self.rate * error
         return self.integral + self.damping * error
 

@@ -10,15 +10,16 @@ The terms are in `rewards`; `Hybrid` puts them together for the loop.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from skipnet.errors import UserError
-from skipnet.routing.decisions import Flip, Sample, Threshold
-from skipnet.routing.network import ExecutorName
+from skipnet.routing.decisions import Decision, Flip, Sample, Threshold
+from skipnet.routing.network import ExecutorName, SkipNet
 from skipnet.routing.trace import Routing
 from skipnet.seeding import DECISIONS, sub_seed
 from skipnet.tasks.budget import Budget, HeadStart, Landing, mean_over_processes
@@ -40,6 +41,8 @@ BaselineName = Literal["none", "batch-mean", "greedy", "leave-one-out"]
 StatisticsName = Literal["executed", "all", "frozen"]
 EstimatorName = Literal["reinforce", "flip"]
 
+_NO_GATES = "HRL trains gates, and this network has none: create it with gate=…"
+
 
 class Hybrid:
     """The HRL objective: sampled decisions, cross-entropy plus REINFORCE.
@@ -59,8 +62,12 @@ class Hybrid:
         costs: C_i, see `block_costs`.
         estimator: "reinforce" samples all decisions, as the paper does. "flip" takes those of
             inference, then runs each image once more with one gate, drawn at random, the other way:
-            which of the two would have been better is what that gate learns (see `flip_loss`). No
-            noise reaches the blocks, and a decision answers for itself alone.
+            which of the two would have been better is what that gate learns (see `flip_loss`). A
+            decision answers for itself alone.
+        flipped_share: With "flip", the share of the images whose blocks learn from the flipped
+            decision, and not from that of inference. Without any, no noise reaches the blocks, but
+            those that are closed learn nothing, and nothing gets used to the lack of those that are
+            open: each decision then looks better than any other because it was taken.
         supervised_weight: Factor on the gradient of L itself; 0 is the paper's pure RL.
         statistics: What batch norms see: "executed", only the rows that run a block, as at
             inference (and the others are left out of it); "all", every row whether it runs the
@@ -85,6 +92,7 @@ class Hybrid:
         diversity: float = 0.0,
         costs: CostName = "uniform",
         estimator: EstimatorName = "reinforce",
+        flipped_share: float = 0.0,
         supervised_weight: float = 1.0,
         statistics: StatisticsName = "executed",
         criterion: Criterion | None = None,
@@ -105,6 +113,8 @@ class Hybrid:
             raise UserError("the leave-one-out baseline needs at least 2 samples an image")
         if samples < 1 or alpha < 0:
             raise UserError(f"samples is at least 1, alpha at least 0, not {samples} and {alpha}")
+        if not 0 <= flipped_share <= 1:
+            raise UserError(f"flipped_share must lie in [0, 1], not {flipped_share}")
         self.alpha = alpha
         self.beta = beta
         self.policy_weight = policy_weight
@@ -114,6 +124,7 @@ class Hybrid:
         self.diversity = diversity
         self.costs = costs
         self.estimator = estimator
+        self.flipped_share = flipped_share
         self.supervised_weight = supervised_weight
         self.statistics = statistics
         self.criterion = criterion or Criterion()
@@ -136,24 +147,30 @@ class Hybrid:
                 if isinstance(layer, _BatchNorm):
                     layer.eval()
         execute: ExecutorName = "masked" if self.statistics == "all" else "compacted"
-        sampled = self.estimator == "reinforce" and not landed
-        decision = Sample(generator) if sampled else Threshold()
+        flips: _Flips | None = None
+        decision: Decision = Threshold()
+        if self.estimator == "flip" and not landed:
+            flips = self._draw_flips(model, images, generator)
+            decision = flips.learned
+        elif not landed:
+            decision = Sample(generator)
         logits, routing = model(images, decide=decision, execute=execute)
         if not routing.decisions.shape[1]:
-            raise UserError("HRL trains gates, and this network has none: create it with gate=…")
+            raise UserError(_NO_GATES)
 
         losses = self.criterion(logits, images, labels)
         costs = block_costs(routing.cost, self.costs).to(losses, non_blocking=True)
         alpha = self.alpha
         uncertainty = entropy(routing.logits).sum(dim=1).mean()
         told = information(routing.logits).mean()
+        decided = routing.logits  # At inference, by their signs.
         loss = self.supervised_weight * losses.mean()
         if not landed:
             # A budget may drive alpha below zero; a loss is never to be wished for.
             beta = max(0.0, alpha) / len(costs) if self.beta is None else self.beta
-            if self.estimator == "flip":
-                policy = self._flip(
-                    model, images, labels, routing, losses, costs, beta, generator, execute
+            if flips is not None:
+                policy, decided = self._flip(
+                    model, images, labels, routing, losses, costs, beta, flips, execute
                 )
             else:
                 returns = gate_returns(losses, skip_rewards(routing.decisions, costs), alpha, beta)
@@ -162,8 +179,8 @@ class Hybrid:
             loss = loss + self.policy_weight * policy
             loss = loss - self.entropy_bonus * uncertainty - self.diversity * told
 
-        # What the same logits would cost at inference; the budget is meant for that.
-        inference = routing.cost.executed(routing.logits).double().mean() / routing.cost.dense
+        # What inference would cost; the budget is meant for that.
+        inference = routing.cost.executed(decided).double().mean() / routing.cost.dense
         if self.budget is not None and not landed:
             self.alpha = self.budget.update(mean_over_processes(inference), step)
         return {
@@ -178,6 +195,19 @@ class Hybrid:
             "alpha": torch.tensor(0.0 if landed else alpha),
         }
 
+    def _draw_flips(self, model: nn.Module, images: Tensor, generator: torch.Generator) -> "_Flips":
+        rows = len(images)
+        # Fabric's wrapper passes attributes on.
+        num_gates = cast(SkipNet, model).num_gates
+        if not num_gates:
+            raise UserError(_NO_GATES)
+        device = generator.device
+        gates = torch.randint(num_gates, (rows,), generator=generator, device=device)
+        flipped = torch.zeros(rows, dtype=torch.bool, device=device)
+        if self.flipped_share:
+            flipped = torch.rand(rows, generator=generator, device=device) < self.flipped_share
+        return _Flips(gates.to(images.device), flipped.to(images.device))
+
     def _flip(
         self,
         model: nn.Module,
@@ -187,25 +217,25 @@ class Hybrid:
         losses: Tensor,
         costs: Tensor,
         beta: float,
-        generator: torch.Generator,
+        flips: "_Flips",
         execute: ExecutorName,
-    ) -> Tensor:
-        """What one gate an image would have changed, and the loss that it learns by."""
-        rows, num_gates = routing.decisions.shape
-        gates = torch.randint(num_gates, (rows,), generator=generator, device=generator.device).to(
-            images.device
-        )
+    ) -> tuple[Tensor, Tensor]:
+        """What one gate an image would have changed: the loss it learns by, and all decisions."""
+        num_gates = routing.decisions.shape[1]
         with torch.no_grad(), _untracked(model):
-            logits, other = model(images, decide=Flip(gates), execute=execute)
+            logits, other = model(images, decide=flips.other, execute=execute)
             other_losses = self.criterion(logits, images, labels)
             price = self.alpha / num_gates
             spent = ((other.decisions - routing.decisions) * costs).sum(dim=1)
             change = beta * (other_losses - losses) + price * spent
-        chosen = gates.unsqueeze(1)
+            change = torch.where(flips.flipped, -change, change)
+            decided = torch.where(flips.flipped.unsqueeze(1), other.decisions, routing.decisions)
+        # A gate before its own flip is what it is without: its logit is that of both passes.
+        chosen = flips.gates.unsqueeze(1)
         logit = routing.logits.gather(1, chosen).squeeze(1)
-        decision = routing.decisions.gather(1, chosen).squeeze(1)
+        decision = decided.gather(1, chosen).squeeze(1)
         # The estimate of the sum over all gates from one of them.
-        return num_gates * flip_loss(logit, decision, change)
+        return num_gates * flip_loss(logit, decision, change), decided
 
     def _baseline(
         self,
@@ -245,6 +275,29 @@ class Hybrid:
         for part in (self.budget, self.landing):
             if part is not None:
                 part.load_state_dict(state)
+
+
+@dataclass(frozen=True)
+class _Flips:
+    """Which gate of each image is tried the other way, and in which of two passes.
+
+    Attributes:
+        gates: One an image, int64 [batch].
+        flipped: Whether it is in the pass that blocks learn from, bool [batch].
+    """
+
+    gates: Tensor
+    flipped: Tensor
+
+    @property
+    def learned(self) -> Flip:
+        """The decisions of the pass that blocks learn from."""
+        return Flip(self.gates.where(self.flipped, -1))
+
+    @property
+    def other(self) -> Flip:
+        """The decisions of the other pass."""
+        return Flip(self.gates.where(~self.flipped, -1))
 
 
 @contextmanager

@@ -141,9 +141,9 @@ class RoutedConfig(StageConfig):
     target_ramp: float = 0.5
     """Share of the stage over which the target falls from the start's computation."""
     alpha_rate: float = 0.03
-    """Integral gain of the drive: alpha a step and unit of error."""
+    """Integral gain of the drive: alpha a step and unit of relative error."""
     alpha_damping: float = 3.0
-    """Proportional gain of the drive: alpha a unit of error."""
+    """Proportional gain of the drive: alpha a unit of relative error."""
     land: bool = True
     """Shift all gates' logits by one number so that the computation on training images meets
     target_compute: when settling begins, and again when the stage ends within 5 points of it."""
@@ -229,6 +229,9 @@ class HybridConfig(RoutedConfig):
     estimator: EstimatorName = "reinforce"
     """How gates learn: reinforce (the paper's: all decisions are sampled), or flip (decisions are
     those of inference; what one gate an image would have changed is tried)."""
+    flipped_share: float = 0.0
+    """With flip, share of the images whose blocks learn from the flipped decision: so that blocks
+    that are closed learn too, and none is open only because the others are used to it."""
     baseline: BaselineName = "batch-mean"
     """What reduces the estimator's variance; none is the paper's."""
     samples: int = 1
@@ -246,6 +249,8 @@ class HybridConfig(RoutedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least_0(self, "policy_weight", "supervised_weight")
+        if not 0 <= self.flipped_share <= 1:
+            raise UserError(f"flipped_share must lie in [0, 1], not {self.flipped_share}")
         if self.beta is not None:
             _at_least_0(self, "beta")
         if not math.isfinite(self.entropy_bonus):

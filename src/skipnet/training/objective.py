@@ -94,6 +94,7 @@ def stage_task(
         diversity=stage.diversity,
         costs=stage.costs,
         estimator=stage.estimator,
+        flipped_share=stage.flipped_share,
         supervised_weight=stage.supervised_weight,
         statistics=stage.statistics,
         criterion=criterion,

@@ -404,6 +404,8 @@ def _without_effect(config: TrainConfig) -> list[str]:
     flips = "hrl" in config.stages and config.hrl.estimator == "flip"
     if flips and config.hrl.baseline != HybridConfig.baseline:
         idle.append("hrl.baseline has no effect: flip compares two decisions, and needs none")
+    if "hrl" in config.stages and config.hrl.flipped_share and not flips:
+        idle.append("hrl.flipped_share has no effect: the estimator reinforce flips nothing")
     return idle
 
 
